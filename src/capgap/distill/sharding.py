@@ -1,0 +1,103 @@
+"""How a student and its teacher lie on the devices: whole on each (DDP), or in shards (FSDP2)."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from capgap.distill.objective import Objective
+from capgap.distill.processes import rank_and_world
+from capgap.distill.teacher import OnlineTeacher
+from capgap.errors import RecipeError
+from capgap.recipe import Train
+
+
+def place_student(objective: Objective, settings: Train, device: torch.device) -> nn.Module:
+    """Moves the student to its device or devices; the module to call in training.
+
+    Under DDP that is a wrapper of `objective`, else `objective` itself, its weights sharded where asked for.
+    """
+    world = rank_and_world()[1]
+    if settings.activation_checkpointing:
+        objective.student.activation_checkpointing_enable({"use_reentrant": False})
+    if world == 1 or settings.parallel == "ddp":
+        objective.to(device)
+        if settings.compile:
+            objective.student.base_model.compile()
+        return DistributedDataParallel(objective) if world > 1 else objective
+    if settings.compile:
+        for layer in _layers(objective.student):
+            layer.compile()
+    _shard(objective.student, objective, settings, device, OffloadPolicy())
+    return objective
+
+
+def place_teacher(teacher: OnlineTeacher, settings: Train, device: torch.device) -> None:
+    """Moves the frozen models to their device or devices, sharded like the student."""
+    if rank_and_world()[1] == 1 or settings.parallel == "ddp":
+        if settings.teacher_offload:
+            raise RecipeError("distill.teacher_offload = true needs distill.parallel = fsdp or hsdp, under torchrun")
+        for body in teacher.bodies:
+            body.to(device)
+        return
+    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if settings.teacher_offload else OffloadPolicy()
+    for body in teacher.bodies:
+        _shard(body.model, body, settings, device, offload)
+
+
+def set_gradient_sync(model: nn.Module, wanted: bool) -> None:
+    """Whether the next backward pass adds up gradients over the processes."""
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = wanted
+    elif isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(wanted)
+
+
+def _layers(model: PreTrainedModel) -> list[nn.Module]:
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def _shard(
+    model: PreTrainedModel, root: nn.Module, settings: Train, device: torch.device, offload: OffloadPolicy
+) -> None:
+    if not isinstance(offload, CPUOffloadPolicy):
+        root.to(device)
+    mixed = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bfloat16_wanted(settings, device) and device.type == "cuda" else None,
+        reduce_dtype=torch.float32,
+    )
+    mesh = _mesh(settings, device)
+    for layer in _layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=mixed, offload_policy=offload)
+    # The root's own weights (embeddings, last norm, head) stay whole from its forward on: the head is read after it.
+    fully_shard(root, mesh=mesh, mp_policy=mixed, offload_policy=offload, reshard_after_forward=False)
+
+
+def whole_weights(student: PreTrainedModel) -> dict[str, Tensor] | None:
+    """The weights put together again on the first process's CPU; None where they are whole. All processes call it."""
+    if not any(isinstance(parameter, DTensor) for parameter in student.parameters()):
+        return None
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(student, options=options)  # pyright: ignore[reportReturnType]
+
+
+def bfloat16_wanted(settings: Train, device: torch.device) -> bool:
+    """Whether activations are bfloat16: as asked for, or by `auto` where the device has it."""
+    has_it = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return settings.precision == "bfloat16" or (settings.precision == "auto" and has_it)
+
+
+def _mesh(settings: Train, device: torch.device) -> DeviceMesh:
+    world = dist.get_world_size()
+    if settings.parallel == "fsdp":
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    within = settings.shard_size or (torch.cuda.device_count() if device.type == "cuda" else world)
+    if world % within:
+        raise RecipeError(f"distill.shard_size = {within}: {world} processes cannot be split into groups of that many")
+    return init_device_mesh(device.type, (world // within, within), mesh_dim_names=("replicate", "shard"))

@@ -1,0 +1,24 @@
+"""The law of capacity gap: published, and fitted to a study's losses."""
+
+from capgap.law.fit import fit_law, law_from_dict
+from capgap.law.lawfit import Beside, Estimate, LawFit, Observation, Prediction, StudentOptimum
+from capgap.law.optimum import Optimum, find_optimum
+from capgap.law.published import PUBLISHED, PublishedLaw, PublishedPick, published_teacher, scale_text
+
+__all__ = [
+    "PUBLISHED",
+    "Beside",
+    "Estimate",
+    "LawFit",
+    "Observation",
+    "Optimum",
+    "Prediction",
+    "PublishedLaw",
+    "PublishedPick",
+    "StudentOptimum",
+    "find_optimum",
+    "fit_law",
+    "law_from_dict",
+    "published_teacher",
+    "scale_text",
+]

@@ -1,0 +1,121 @@
+"""The optimal teacher of one student, from the losses the student reached under several teachers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capgap.errors import LawError
+from capgap.law.published import check_scale, scale_text
+
+Floats = NDArray[np.float64]
+TEACHERS_NEEDED = 3
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """Where a student's loss is lowest over teachers.
+
+    The parabola is L(T) = c0 + c1 x + c2 x^2 with x = ln(T / reference).
+
+    Attributes:
+        teacher: parameters; the parabola's vertex, or the grid's edge where censored.
+        loss: nats per token; the parabola at its vertex, or where censored the mean loss at that edge.
+        censored: None inside the grid; "low" or "high" where the optimum may lie beyond that edge.
+        curvature: second derivative of the loss in ln T, 2 c2, nats per token.
+        coefficients: c0, c1, c2, nats per token.
+        reference: parameters; the geometric middle of the grid.
+        residuals: measured less fitted loss, nats per token, in the order the points were given.
+        grid: the distinct teacher scales, parameters, ascending.
+    """
+
+    teacher: float
+    loss: float
+    censored: Literal["low", "high"] | None
+    curvature: float
+    coefficients: tuple[float, float, float]
+    reference: float
+    residuals: tuple[float, ...]
+    grid: tuple[float, ...]
+
+    def curve(self, teachers: Sequence[float] | Floats) -> Floats:
+        """The parabola at `teachers` (parameters): nats per token, same shape."""
+        x = np.log(np.asarray(teachers, dtype=np.float64) / self.reference)
+        c0, c1, c2 = self.coefficients
+        return c0 + c1 * x + c2 * x**2
+
+
+def find_optimum(
+    teacher_scales: Sequence[float] | Floats,
+    losses: Sequence[float] | Floats,
+    *,
+    student: str = "the student",
+) -> Optimum:
+    """Fits loss as a parabola in ln(teacher scale) and finds its minimum.
+
+    Least squares over all points; several seeds are several points at one scale. The optimum is censored if
+    and only if (1) the curvature is not positive, or (2) the vertex lies outside the grid, or (3) the lowest
+    of the seed-mean losses is at the grid's edge, where nothing was measured on its other side. A censored
+    optimum is put at the edge with the lower seed-mean loss.
+
+    Args:
+        teacher_scales: parameters, one per point.
+        losses: nats per token, one per point.
+        student: how the student is called in errors.
+    Raises: LawError for fewer than three distinct teachers, for lengths that differ, and for values that are
+        not finite or scales that are not positive.
+    """
+    if len(teacher_scales) != len(losses):
+        raise LawError(
+            f"{student}: {len(teacher_scales)} teacher scales but {len(losses)} losses; give one loss per scale"
+        )
+    teachers_P = np.array([check_scale(t, f"{student}: a teacher's scale") for t in teacher_scales])
+    losses_P = np.asarray(losses, dtype=np.float64)
+    if not np.isfinite(losses_P).all():
+        where = int(np.flatnonzero(~np.isfinite(losses_P))[0])
+        raise LawError(
+            f"{student}: the loss under teacher {scale_text(teachers_P[where])} is {losses_P[where]}; "
+            "it must be a finite number of nats per token"
+        )
+    grid = np.unique(teachers_P)
+    if len(grid) < TEACHERS_NEEDED:
+        raise LawError(
+            f"{student}: {len(grid)} teacher scale{'s' * (len(grid) != 1)} measured "
+            f"({', '.join(map(scale_text, grid)) or 'none'}); "
+            f"an optimum needs at least {TEACHERS_NEEDED} distinct ones"
+        )
+    means = np.array([losses_P[teachers_P == t].mean() for t in grid])
+    reference = float(np.sqrt(grid[0] * grid[-1]))
+    design = parabola(np.log(teachers_P / reference))
+    # A shift by the mean loss keeps the digits that matter where losses differ little.
+    shift = float(losses_P.mean())
+    c0, c1, c2 = np.linalg.lstsq(design, losses_P - shift, rcond=None)[0]
+    residuals = losses_P - shift - design @ np.array([c0, c1, c2])
+
+    censored: Literal["low", "high"] | None = None
+    lowest = int(means.argmin())
+    with np.errstate(all="ignore"):
+        teacher = float(reference * np.exp(-c1 / (2 * c2))) if c2 > 0 else np.nan
+    inside = bool(grid[0] <= teacher <= grid[-1])
+    loss = float(shift + c0 - c1**2 / (4 * c2)) if inside else np.nan
+    if not inside or lowest in (0, len(grid) - 1):
+        edge = 0 if means[0] <= means[-1] else -1
+        censored = "low" if edge == 0 else "high"
+        teacher, loss = float(grid[edge]), float(means[edge])
+    return Optimum(
+        teacher=teacher,
+        loss=loss,
+        censored=censored,
+        curvature=float(2 * c2),
+        coefficients=(float(shift + c0), float(c1), float(c2)),
+        reference=reference,
+        residuals=tuple(residuals.tolist()),
+        grid=tuple(grid.tolist()),
+    )
+
+
+def parabola(x_P: Floats) -> Floats:
+    """The design matrix [P, 3] with columns 1, x, x^2."""
+    return np.stack([np.ones_like(x_P), x_P, x_P**2], axis=1)

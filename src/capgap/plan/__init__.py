@@ -1,0 +1,22 @@
+"""The plan: which teacher for the student, cut from what, at what cost, and when not to distil."""
+
+from capgap.plan.estimate import Estimate, estimate, narrowed
+from capgap.plan.families import Family, Member, family_names, load_family
+from capgap.plan.plan import Ask, Candidate, Plan, make_plan, resolve
+from capgap.plan.verdicts import Verdict
+
+__all__ = [
+    "Ask",
+    "Candidate",
+    "Estimate",
+    "Family",
+    "Member",
+    "Plan",
+    "Verdict",
+    "estimate",
+    "family_names",
+    "load_family",
+    "make_plan",
+    "narrowed",
+    "resolve",
+]

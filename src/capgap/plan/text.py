@@ -1,0 +1,126 @@
+"""A plan in words and as a table."""
+
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from capgap.cost import format_bytes, format_count, format_flops
+from capgap.plan.estimate import FULL, H100_BYTES, H100_FLOPS, USED, Estimate
+
+if TYPE_CHECKING:
+    from capgap.plan.plan import Ask, Candidate, Plan
+
+
+def plan_lines(plan: "Plan") -> list[str]:
+    """The plan as plain lines: student, laws, teacher, start, cost, and what speaks against it."""
+    lines = [f"student: {format_count(plan.student)} parameters"]
+    for ask in plan.asks:
+        lines += _law(ask)
+    lines += _difference(plan)
+    lines.append(f"family: {plan.family.name}, sizes from {plan.family.source}")
+    if plan.teacher is not None:
+        lines.append(f"teacher: {plan.teacher.member.hub}, {_described(plan.teacher)}")
+        if plan.teacher.member.note:
+            lines.append(f"  note: {plan.teacher.member.note}")
+        for where, other in (("below", plan.below), ("above", plan.above)):
+            lines.append(f"  {where}: {f'{other.member.name}, {_described(other)}' if other else 'none'}")
+        lines.append(f"  inside the interval: {_inside(plan)}")
+        lines += _start(plan)
+    if plan.cost is not None:
+        lines += _cost(plan.cost, plan.tokens)
+    return lines + [f"caution: {verdict.text}" for verdict in plan.verdicts]
+
+
+def candidate_table(plan: "Plan") -> Table:
+    """The members larger than the student, the teacher marked."""
+    table = Table(title=f"{plan.family.name}: teachers of a {format_count(plan.student)} student")
+    for name in ("member", "parameters", "ratio T/S", "cut", "in the interval", ""):
+        table.add_column(name, justify="left" if name in ("member", "") else "right")
+    for c in plan.candidates:
+        inside = "-" if c.inside is None else "yes" if c.inside else "no"
+        mark = "teacher" if c is plan.teacher else ""
+        size = format_count(c.member.parameters)
+        table.add_row(c.member.name, size, f"{c.ratio:.2f}", f"{c.sparsity:.0%}", inside, mark)
+    return table
+
+
+def _law(ask: "Ask") -> list[str]:
+    interval = "no interval"
+    if ask.low is not None and ask.high is not None:
+        interval = f"interval {format_count(ask.low)} to {format_count(ask.high)}"
+    size = format_count(ask.teacher)
+    line = f"{ask.law}: a teacher of {size}, {ask.ratio:.2f} times the student ({interval})"
+    return [line, *([f"  note: {ask.note}"] if ask.note else [])]
+
+
+def _difference(plan: "Plan") -> list[str]:
+    if len(plan.asks) < 2:
+        return []
+    own, published = plan.asks
+    factor = f"yours asks for {own.teacher / published.teacher:.2f} times the published teacher"
+    if own.pick is None or published.pick is None:
+        return [f"the two laws: {factor}"]
+    if own.pick is published.pick:
+        return [f"the two laws: {factor}, and both pick {own.pick.name}"]
+    return [
+        (
+            f"the two laws differ: {factor}, and picks {own.pick.name} where the published one picks "
+            f"{published.pick.name}; yours decides here"
+        )
+    ]
+
+
+def _described(candidate: "Candidate") -> str:
+    size = format_count(candidate.member.parameters)
+    return f"{size}, {candidate.ratio:.2f} times the student, {candidate.sparsity:.1%} to be cut"
+
+
+def _inside(plan: "Plan") -> str:
+    if plan.asks[0].low is None or plan.asks[0].high is None:
+        return "not known, the law has no interval"
+    return ", ".join(c.member.name for c in plan.candidates if c.inside) or "no member"
+
+
+def _start(plan: "Plan") -> list[str]:
+    if plan.teacher is None:
+        return []
+    lines = [f"start: {plan.teacher.member.hub}, the teacher itself, as in the paper"]
+    if plan.near_start is not None:
+        near, teacher = plan.near_start.member, plan.teacher.member
+        lines.append(
+            f"  or {near.hub}, {_described(plan.near_start)}: nearer, with the teacher unchanged; "
+            "the paper did not test it; both share the tokenizer"
+        )
+        rows = [plan.family.vocabulary_of(m) for m in (near, teacher)]
+        if rows[0] != rows[1]:
+            lines.append(
+                f"  note: {near.name} has {rows[0]} rows of vocabulary, {teacher.name} {rows[1]}: "
+                "the difference is padding, to be cut before their logits are compared"
+            )
+    return lines
+
+
+def _cost(cost: Estimate, tokens: int | None) -> list[str]:
+    amount = tokens or 10**9
+    memory = cost.memory
+    fits = "fits one H100 of 80 GB"
+    if memory.total > FULL * H100_BYTES:
+        fits = "too much for one H100 of 80 GB: shard it, checkpoint activations, or cache the teacher"
+    rate = f"{USED:.0%} of {H100_FLOPS / 1e12:.0f}e12 bfloat16 FLOPs a second"
+    return [
+        (
+            f"cost of {format_count(amount)} tokens{'' if tokens else ' (no budget given)'}: "
+            f"{format_flops(cost.flops(amount))}, three forward passes of the student and one of the teacher a "
+            f"token; about {_hours(cost.gpu_hours(amount))} of one H100, assuming {rate}"
+        ),
+        (
+            f"memory unsharded: {format_bytes(memory.total)} ({format_bytes(memory.teacher_weights)} of teacher "
+            f"weights, {format_bytes(memory.activations)} of student activations) for one sequence of "
+            f"{cost.context} tokens in bfloat16; {fits}"
+        ),
+        (f"  both estimated for a student of the teacher's depth, narrowed to {format_count(cost.student.total)}"),
+    ]
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.2g} hours" if hours < 10 else f"{hours:,.0f} hours"

@@ -1,0 +1,21 @@
+"""Reports: figures, one self-contained page, and a table for the terminal."""
+
+from capgap.report.figures import law_figure, loss_against_teacher, roles_figure, training_curves
+from capgap.report.page import write_page
+from capgap.report.report import Report, closing_table, law_of, write_report
+from capgap.report.rows import RoleBar, observations_of, role_bars
+
+__all__ = [
+    "Report",
+    "RoleBar",
+    "closing_table",
+    "law_figure",
+    "law_of",
+    "loss_against_teacher",
+    "observations_of",
+    "role_bars",
+    "roles_figure",
+    "training_curves",
+    "write_page",
+    "write_report",
+]

@@ -1,0 +1,230 @@
+"""What a report shows, taken out of run records: observations, roles, tables, statements."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from capgap.law import LawFit, Observation, published_teacher, scale_text
+from capgap.law.optimum import TEACHERS_NEEDED
+from capgap.records import RunRecord
+
+Row = dict[str, str]
+
+
+def is_coupled(record: RunRecord) -> bool:
+    """Distilled from the model it was cut from: the paper's way; the law is fitted to these runs alone."""
+    return record.kind == "distill" and record.teacher is not None and record.start == record.teacher
+
+
+def is_apart(record: RunRecord) -> bool:
+    """Distilled from another model than the one it was cut from."""
+    return record.kind == "distill" and record.start != record.teacher
+
+
+def observations_of(records: Sequence[RunRecord]) -> list[Observation]:
+    """The coupled runs as observations: scales in parameters, losses in nats per token."""
+    return [
+        Observation(float(r.student_scale), float(r.teacher_scale), r.loss, r.seed)
+        for r in records
+        if is_coupled(r) and r.teacher_scale is not None
+    ]
+
+
+def fittable(observations: Sequence[Observation]) -> tuple[list[Observation], list[float]]:
+    """Observations of the students with enough teachers for an optimum, and the scales of the others."""
+    teachers: dict[float, set[float]] = {}
+    for o in observations:
+        teachers.setdefault(o.student, set()).add(o.teacher)
+    short = sorted(s for s, found in teachers.items() if len(found) < TEACHERS_NEEDED)
+    return [o for o in observations if o.student not in short], short
+
+
+def names_of(records: Sequence[RunRecord]) -> dict[float, str]:
+    """The name of each student by its scale; several names of one scale are joined."""
+    names: dict[float, list[str]] = {}
+    for r in records:
+        known = names.setdefault(float(r.student_scale), [])
+        if r.student not in known:
+            known.append(r.student)
+    return {scale: " / ".join(known) for scale, known in names.items()}
+
+
+@dataclass(frozen=True)
+class RoleBar:
+    """One way to make a student, and the held-out losses it reached (nats per token, one per seed)."""
+
+    label: str
+    tag: str
+    kind: Literal["scratch", "coupled", "apart"]
+    losses: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean loss over seeds, nats per token."""
+        return math.fsum(self.losses) / len(self.losses)
+
+
+def role_bars(records: Sequence[RunRecord], law: LawFit | None) -> list[RoleBar]:
+    """The ways one student was made, best last: from scratch, under chosen teachers, with the roles apart.
+
+    Of the coupled runs only three are kept, under the teacher nearest (by factor) to the law's, the one
+    published law's pick's and the largest; the figure of losses over teachers has them all.
+    """
+    groups: dict[tuple[str, str | None, str | None], list[RunRecord]] = {}
+    for r in records:
+        if r.kind != "pretrain":
+            groups.setdefault((r.kind, r.start, r.teacher), []).append(r)
+    tags = _tags([group[0] for group in groups.values() if is_coupled(group[0])], law)
+    bars = []
+    for (kind, start, teacher), group in groups.items():
+        losses = tuple(r.loss for r in group)
+        if kind == "scratch":
+            bars.append(RoleBar("from scratch", "no teacher", "scratch", losses))
+        elif is_coupled(group[0]):
+            if teacher in tags:
+                bars.append(RoleBar(f"cut from and taught by {teacher}", tags[teacher], "coupled", losses))
+        else:
+            origin = f"cut from {start}" if start else "random start"
+            bars.append(RoleBar(f"{origin}, taught by {teacher}", "roles apart", "apart", losses))
+    return sorted(bars, key=lambda bar: -bar.mean)
+
+
+def _tags(coupled: Sequence[RunRecord], law: LawFit | None) -> dict[str | None, str]:
+    """Why a coupled run is shown, by teacher name."""
+    scales = {r.teacher: float(r.teacher_scale) for r in coupled if r.teacher_scale}
+    if not scales:
+        return {}
+    student = float(coupled[0].student_scale)
+    wanted = {"published law's pick": published_teacher(student).teacher}
+    if law is not None and law.ratio is not None:
+        wanted = {"this law's pick": law.predict(student).teacher} | wanted
+    wanted["largest teacher"] = max(scales.values())
+    tags: dict[str | None, str] = {}
+    for tag, target in wanted.items():
+        name = min(scales, key=lambda n: abs(math.log(scales[n] / target)))
+        tags[name] = f"{tags[name]}, {tag}" if name in tags else tag
+    return tags
+
+
+def optimum_rows(law: LawFit, names: dict[float, str]) -> list[Row]:
+    """One row per student: its optimal teacher, the interval, and whether it is censored."""
+    rows = []
+    for row in law.optima:
+        found = row.optimum
+        bounds = "none"
+        if row.low is not None and row.high is not None:
+            bounds = f"{scale_text(row.low)} to {scale_text(row.high)}"
+        edge = {"low": "at most ", "high": "at least "}.get(found.censored or "", "")
+        rows.append(
+            {
+                "student": names.get(row.student, scale_text(row.student)),
+                "parameters": f"{row.student:,.0f}",
+                "optimal teacher": edge + scale_text(found.teacher),
+                f"{law.level:.0%} interval": bounds,
+                "T*/S": edge + f"{found.teacher / row.student:.2f}",
+                "loss there": f"{found.loss:.4f}",
+                "status": f"censored at the {found.censored} edge" if found.censored else "inside the grid",
+                "teachers": str(len(found.grid)),
+            }
+        )
+    return rows
+
+
+def law_rows(law: LawFit) -> list[Row]:
+    """This law beside the published one."""
+    return [
+        {"quantity": b.quantity, "here": b.here, "published": b.published, "reading": b.reading}
+        for b in law.beside_published()
+    ]
+
+
+def run_rows(records: Sequence[RunRecord]) -> list[Row]:
+    """One row per run, ordered by student, kind, start and teacher."""
+
+    def order(r: RunRecord) -> tuple[int, str, int, int, int]:
+        return r.student_scale, r.kind, r.teacher_scale or 0, r.start_scale or 0, r.seed
+
+    return [
+        {
+            "run": r.run,
+            "kind": "roles apart" if is_apart(r) else r.kind,
+            "student": f"{r.student} ({scale_text(r.student_scale)})",
+            "start": _model(r.start, r.start_scale),
+            "teacher": _model(r.teacher, r.teacher_scale),
+            "seed": str(r.seed),
+            "tokens": scale_text(r.tokens),
+            "loss at start": "" if r.start_loss is None else f"{r.start_loss:.4f}",
+            "loss": f"{r.loss:.4f}",
+            "bits/byte": f"{r.bits_per_byte:.4f}",
+            "FLOPs": f"{r.flops:.2e}",
+            "seconds": f"{r.seconds:,.0f}",
+        }
+        for r in sorted(records, key=order)
+    ]
+
+
+def _model(name: str | None, scale: int | None) -> str:
+    return "none" if name is None else name if scale is None else f"{name} ({scale_text(scale)})"
+
+
+def provenance_rows(records: Sequence[RunRecord], law: LawFit | None) -> list[Row]:
+    """Where the numbers come from: versions, data, seeds, devices, recipes."""
+    values: dict[str, set[str]] = {"device": set(), "data hash": set(), "seeds": set(), "recipes": set()}
+    for r in records:
+        values["device"].add(r.device)
+        values["data hash"].add(r.data_hash)
+        values["seeds"].add(str(r.seed))
+        values["recipes"].add(r.recipe_hash[:12])
+        for name, version in r.versions.items():
+            values.setdefault(f"version of {name}", set()).add(version)
+    rows = [{"what": name, "value": ", ".join(sorted(found, key=_natural))} for name, found in values.items()]
+    hours = sum(r.seconds for r in records) / 3600
+    rows.append({"what": "runs", "value": f"{len(records)}, {hours:,.2f} hours of training in all"})
+    if law is not None:
+        rows.append(
+            {
+                "what": "bootstrap",
+                "value": f"{law.replicates} replicates, seed {law.seed}, {law.level:.0%} percentile intervals",
+            }
+        )
+    return rows
+
+
+def _natural(text: str) -> tuple[int, str]:
+    return (int(text), "") if text.isdigit() else (-1, text)
+
+
+def measured(records: Sequence[RunRecord], law: LawFit | None) -> list[str]:
+    """What was and was not measured, one sentence each, from the records and the law alone."""
+    coupled = [r for r in records if is_coupled(r)]
+    lines = []
+    if coupled:
+        students, teachers = [r.student_scale for r in coupled], [r.teacher_scale or 0 for r in coupled]
+        seeds = len({r.seed for r in coupled})
+        lines.append(
+            f"Measured: held-out loss, in nats per token, of {len(coupled)} distilled runs: "
+            f"{len(set(students))} student scale{'s' * (len(set(students)) > 1)} ({_range(students)}), "
+            f"teachers of {_range(teachers)}, {seeds} seed{'s' * (seeds > 1)}, "
+            f"{_range([r.tokens for r in coupled])} tokens a run."
+        )
+        if seeds == 1:
+            lines.append("Every point is one run with one seed: how much another seed would move it was not measured.")
+    lines.append("Not measured: tasks of any kind. A lower held-out loss is all that better means here.")
+    if coupled and max(r.student_scale for r in coupled) < 28e6:
+        lines.append(
+            "These students are smaller than any in the published pilot study (about 28M parameters and up): "
+            "agreement or disagreement here says little about large models."
+        )
+    if len({r.data_hash for r in coupled}) > 1:
+        lines.append("The runs differ in data, so their losses do not compare exactly.")
+    if len({r.tokens for r in coupled}) > 1:
+        lines.append("The runs differ in tokens trained on, so their losses do not compare exactly.")
+    if any(is_apart(r) for r in records):
+        lines.append("Runs whose start is another model than the teacher are shown apart; they do not enter the law.")
+    return lines + [f"{note[:1].upper()}{note[1:]}." for note in (law.notes if law else ())]
+
+
+def _range(values: Sequence[int]) -> str:
+    low, high = scale_text(min(values)), scale_text(max(values))
+    return low if low == high else f"{low} to {high}"

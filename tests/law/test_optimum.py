@@ -1,0 +1,86 @@
+import math
+
+import numpy as np
+import pytest
+
+from capgap.errors import LawError
+from capgap.law import find_optimum
+from reference.law import parabola_minimum
+
+GRID = [100e3, 180e3, 320e3, 600e3, 1.1e6]
+
+
+def bowl(teachers, best, depth=3.0, bend=0.1):
+    return [depth + bend * math.log(t / best) ** 2 for t in teachers]
+
+
+@pytest.mark.parametrize("best", [200e3, 333_333.0, 500e3])
+def test_a_known_vertex_is_found(best):
+    found = find_optimum(GRID, bowl(GRID, best))
+    assert found.censored is None
+    assert found.teacher == pytest.approx(best, rel=1e-9)
+    assert found.loss == pytest.approx(3.0, abs=1e-12)
+    assert found.curvature == pytest.approx(0.2, rel=1e-9)
+    assert found.grid == tuple(GRID)
+    assert np.allclose(found.residuals, 0, atol=1e-12)
+    assert np.allclose(found.curve(GRID), bowl(GRID, best))
+
+
+def test_noisy_losses_agree_with_exact_rational_least_squares():
+    rng = np.random.default_rng(1)
+    teachers = GRID * 2
+    losses = list(np.array(bowl(teachers, 300e3)) + rng.normal(0, 0.01, 10))
+    curvature, teacher, loss = parabola_minimum(teachers, losses)
+    found = find_optimum(teachers, losses)
+    assert (found.curvature, found.teacher) == pytest.approx((curvature, teacher), rel=1e-7)
+    assert found.loss == pytest.approx(loss, abs=1e-9)
+    assert sum(found.residuals) == pytest.approx(0, abs=1e-12)
+
+
+def test_large_scales_lose_no_digits():
+    teachers = [2.0e12, 2.1e12, 2.2e12, 2.3e12]
+    assert find_optimum(teachers, bowl(teachers, 2.15e12, 11.0)).teacher == pytest.approx(2.15e12, rel=1e-9)
+
+
+@pytest.mark.parametrize(("best", "edge"), [(50e3, "low"), (5e6, "high")])
+def test_a_vertex_outside_the_grid_is_censored(best, edge):
+    found = find_optimum(GRID, bowl(GRID, best))
+    assert found.censored == edge
+    assert found.teacher == (GRID[0] if edge == "low" else GRID[-1])
+    assert found.loss == pytest.approx(min(bowl(GRID, best)))
+
+
+@pytest.mark.parametrize(("losses", "edge"), [([1.0, 2.0, 1.5], "low"), ([1.5, 2.0, 1.0], "high")])
+def test_a_curve_that_opens_downwards_is_censored_at_the_lower_edge(losses, edge):
+    found = find_optimum(GRID[:3], losses)
+    assert found.curvature < 0
+    assert found.censored == edge
+
+
+def test_the_lowest_loss_at_the_edge_is_censored_even_if_the_vertex_is_inside():
+    losses = [2.99, 3.1, 3.0, 3.1, 3.6]
+    found = find_optimum(GRID, losses)
+    vertex = parabola_minimum(GRID, losses)[1]
+    assert GRID[0] < vertex < GRID[-1]
+    assert (found.censored, found.teacher, found.loss) == ("low", GRID[0], 2.99)
+
+
+def test_the_edge_is_judged_by_seed_means_not_by_one_lucky_seed():
+    losses = bowl(GRID, 320e3)
+    found = find_optimum([*GRID, GRID[0]], [*losses[:1], *losses[1:], losses[0] - 0.05])
+    assert found.censored is None
+
+
+@pytest.mark.parametrize(
+    ("teachers", "losses", "message"),
+    [
+        ([1e5, 2e5, 2e5], [1, 2, 3], r"student s58k: 2 teacher scales measured \(100k, 200k\).*at least 3"),
+        ([], [], r"student s58k: 0 teacher scales measured \(none\)"),
+        ([1e5, 2e5], [1, 2, 3], "student s58k: 2 teacher scales but 3 losses"),
+        ([1e5, 2e5, 3e5], [1, math.nan, 3], "loss under teacher 200k is nan"),
+        ([1e5, -2e5, 3e5], [1, 2, 3], "student s58k: a teacher's scale"),
+    ],
+)
+def test_what_cannot_be_fitted_is_said(teachers, losses, message):
+    with pytest.raises(LawError, match=message):
+        find_optimum(teachers, losses, student="student s58k")

@@ -1,0 +1,55 @@
+"""Run records made by a known law, for the report's tests."""
+
+import math
+import random
+
+from capgap.records import RunRecord
+
+STUDENTS = {"s58k": 58_000, "s120k": 120_000, "s260k": 260_000}
+TEACHERS = {
+    "t90k": 90_000, "t150k": 150_000, "t230k": 230_000,
+    "t420k": 420_000, "t800k": 800_000, "t1.5M": 1_500_000,
+}  # fmt: skip
+
+
+def record(student, teacher=None, *, start="same", kind="distill", loss=3.0, seed=0, **more):
+    start = teacher if start == "same" else start
+    tokens = 3_000_000
+    curve = [{"step": float(k), "tokens": tokens * k / 20, "loss": loss + 2.5 * math.exp(-k / 3)} for k in range(21)]
+    values = {
+        "run": f"{kind}-{student}-{start}-{teacher}-{seed}",
+        "kind": kind, "student": student,
+        "student_scale": STUDENTS[student],
+        "teacher": teacher, "teacher_scale": TEACHERS.get(teacher or ""),
+        "start": start, "start_scale": TEACHERS.get(start or ""), "tokens": tokens,
+        "seed": seed, "loss": loss,
+        "start_loss": loss + 2.5, "bits_per_byte": loss / 2.9, "curve": [{"step": 1.0, "lr": 1e-3}, *curve],
+        "flops": 2.5e12, "seconds": 61.5, "device": "cpu", "recipe": {"distill": {"tokens": tokens}},
+        "recipe_hash": "ab" * 32, "data_hash": "cd" * 32, "versions": {"capgap": "0.1.0", "torch": "2.9"},
+    }  # fmt: skip
+    return RunRecord(**(values | more))
+
+
+def loss_by_law(student, teacher, slope=2.5, intercept=5_000, bend=0.035):
+    best = slope * STUDENTS[student] + intercept
+    return 4.6 - 0.12 * math.log(STUDENTS[student]) + bend * math.log(TEACHERS[teacher] / best) ** 2
+
+
+def study(seeds=2, sigma=0.004, students=tuple(STUDENTS), teachers=tuple(TEACHERS)):
+    noise = random.Random(1)
+    return [
+        record(s, t, loss=loss_by_law(s, t) + noise.gauss(0, sigma), seed=seed)
+        for s in students
+        for t in teachers
+        if TEACHERS[t] > STUDENTS[s]
+        for seed in range(seeds)
+    ]
+
+
+def others(student="s58k"):
+    """The same student from scratch, and with its roles apart."""
+    return [
+        *(record(student, None, start=None, kind="scratch", loss=3.62 + 0.01 * k, seed=k) for k in range(2)),
+        record(student, "t800k", start="t90k", loss=3.22),
+        record(student, "t230k", start="t90k", loss=3.24),
+    ]
