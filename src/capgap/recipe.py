@@ -200,7 +200,7 @@ class Train(Section):
     shard_size: Count | None = None
     teacher_offload: bool = False
     activation_checkpointing: bool = False
-    compile: bool = False
+    compile: bool | Literal["auto"] = "auto"
     max_skipped: Annotated[int, Field(ge=0)] = 5
     checkpoint_every: Annotated[float, Field(gt=0)] = 600.0
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
@@ -367,7 +367,7 @@ def _as_written(loc: Sequence[int | str], tree: Any) -> list[str]:
             if not isinstance(tree, list | tuple):
                 continue
             tree = tree[part]
-        elif part in ("str", "FamilyPick", "int", "float") or "[" in part:
+        elif part in ("str", "FamilyPick", "int", "float", "bool") or "[" in part:
             continue
         else:
             tree = tree.get(part) if isinstance(tree, dict) else None

@@ -3,6 +3,7 @@
 `stop_at=N` asks itself to stop at step N, as a scheduler would; `kill_at=N` kills the last process there, once.
 """
 
+import atexit
 import json
 import os
 import signal
@@ -62,8 +63,18 @@ def distil(folder: Path, chosen: Train, *, student=None, teacher=None, batches=N
     return whole or {n: p.detach().clone() for n, p in student.named_parameters()}, trained
 
 
+def check_threads() -> None:
+    """Ends the process with status 9 if threads of torch's groups outlive them: one of those may abort it."""
+    tasks = Path("/proc/self/task")  # only Linux has it
+    names = [(task / "comm").read_text().strip() for task in tasks.iterdir()] if tasks.is_dir() else []
+    if "pt_gloo_runloop" in names:
+        print(f"threads are left: {names}", file=sys.stderr, flush=True)
+        os._exit(9)
+
+
 def main(folder: Path, steps: int, more: dict[str, object]) -> None:
     torch.set_num_threads(1)
+    atexit.register(check_threads)  # what is registered first is called last
     batches = RandomBatches()
     for key, number in (("stop_at", signal.SIGTERM), ("kill_at", signal.SIGKILL)):
         if key in more:

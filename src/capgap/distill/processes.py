@@ -1,6 +1,7 @@
 """The processes of one run: one alone, or one for each device under `torchrun`."""
 
 import atexit
+import gc
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -8,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -16,6 +18,7 @@ from capgap.models import default_device
 # Packing or scoring by the first process may take days; the others wait.
 _PATIENCE = timedelta(days=30)
 _waiting_group: Any = None
+_meshes: list[DeviceMesh] = []
 
 T = TypeVar("T")
 
@@ -31,7 +34,6 @@ def rank_and_world() -> tuple[int, int]:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         store, rank, world = next(iter(rendezvous("env://")))
         dist.init_process_group(backend, store=_of_this_start(store), rank=rank, world_size=world)
-        # Threads of a group that is never left may abort the interpreter as it ends.
         atexit.register(_leave)
         _waiting_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     return dist.get_rank(), dist.get_world_size()
@@ -49,9 +51,26 @@ def _of_this_start(store: Store) -> Store:
     return PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
+def release_when_leaving(mesh: DeviceMesh) -> None:
+    """Lets go of the mesh's groups as the process ends; DTensor's caches hold the mesh itself to the last."""
+    _meshes.append(mesh)
+
+
 def _leave() -> None:
+    """Ends the groups' threads while the interpreter still runs.
+
+    One that still has to give back the tensors of a finished operation aborts a process that is already finalizing
+    (github.com/pytorch/pytorch/issues/190489). A group's threads end with the last reference to it, which may lie in
+    a cycle of a sharded model's.
+    """
+    global _waiting_group
+    _waiting_group = None
     if dist.is_initialized():
         dist.destroy_process_group()
+    for mesh in _meshes:
+        getattr(mesh, "_pg_registry", {}).clear()
+    _meshes.clear()
+    gc.collect()
 
 
 def is_first_process() -> bool:

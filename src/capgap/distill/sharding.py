@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from capgap.distill.objective import Objective
-from capgap.distill.processes import rank_and_world
+from capgap.distill.processes import rank_and_world, release_when_leaving
 from capgap.distill.teacher import OnlineTeacher
 from capgap.errors import RecipeError
 from capgap.recipe import Train
@@ -27,10 +27,10 @@ def place_student(objective: Objective, settings: Train, device: torch.device) -
         objective.student.activation_checkpointing_enable({"use_reentrant": False})
     if world == 1 or settings.parallel == "ddp":
         objective.to(device)
-        if settings.compile:
+        if settings.compile is True:
             objective.student.base_model.compile()
         return DistributedDataParallel(objective) if world > 1 else objective
-    if settings.compile:
+    if settings.compile is True:
         for layer in _layers(objective.student):
             layer.compile()
     _shard(objective.student, objective, settings, device, OffloadPolicy())
@@ -95,9 +95,14 @@ def bfloat16_wanted(settings: Train, device: torch.device) -> bool:
 
 def _mesh(settings: Train, device: torch.device) -> DeviceMesh:
     world = dist.get_world_size()
-    if settings.parallel == "fsdp":
-        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    within = settings.shard_size or (torch.cuda.device_count() if device.type == "cuda" else world)
-    if world % within:
-        raise RecipeError(f"distill.shard_size = {within}: {world} processes cannot be split into groups of that many")
-    return init_device_mesh(device.type, (world // within, within), mesh_dim_names=("replicate", "shard"))
+    sizes, names = (world,), ("shard",)
+    if settings.parallel == "hsdp":
+        within = settings.shard_size or (torch.cuda.device_count() if device.type == "cuda" else world)
+        if world % within:
+            raise RecipeError(
+                f"distill.shard_size = {within}: {world} processes cannot be split into groups of that many"
+            )
+        sizes, names = (world // within, within), ("replicate", "shard")
+    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+    release_when_leaving(mesh)
+    return mesh

@@ -61,12 +61,6 @@ def open_corpus(
     return Corpus(train, held_out, data.block, tokenizer, None if data.score_separators else train.separator)
 
 
-def isis_done(folder: Path, inputs: Any) -> bool:
-    """Whether the folder was made from equal inputs."""
-    lineage = read_lineage(folder)
-    return lineage is not None and lineage.get("inputs_hash") == hash_of(inputs)
-
-
 def is_done(folder: Path, inputs: Any) -> bool:
     """Whether the folder was made from equal inputs."""
     lineage = read_lineage(folder)
