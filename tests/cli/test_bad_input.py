@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from shell import capgap
+from shell import capgap, capgap_here
 
 GOOD = {
     "teacher": "MODEL",
@@ -82,7 +82,7 @@ def place(tmp_path, test_data):
 def run_recipe(place: Path, tree: dict) -> subprocess.CompletedProcess:
     text = yaml.safe_dump(tree).replace("MODEL", "./model").replace("TEXT", "stories.txt")
     (place / "recipe.yaml").write_text(text)
-    return capgap("run", "recipe.yaml", cwd=place)
+    return capgap_here("run", "recipe.yaml", cwd=place)
 
 
 def check_refused(done: subprocess.CompletedProcess, place: Path, message: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from shell import capgap
+from shell import capgap, capgap_here
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "stories.yaml"
 SHORT = ["distill.tokens=200k", "prune.calibration_tokens=16k", "evaluate.tokens=15k"]
@@ -138,10 +138,10 @@ def test_a_mixture_of_teachers_online_and_cached(tmp_path, test_data):
     mixed = f"[{{model: {model}, weight: 3}}, {{model: {tmp_path / 'alone/distilled/model'}}}]"
     for name, teacher in {"alone": str(model), "double": double, "mixed": mixed}.items():
         words = [*short, f"teacher={teacher}", f"output={name}"]
-        done = capgap("run", str(RECIPE), *words, cwd=tmp_path, data=test_data)
+        done = capgap_here("run", str(RECIPE), *words, cwd=tmp_path, data=test_data)
         assert done.returncode == 0, done.stderr
     words = [*short, f"teacher={mixed}", "output=cached", "cache.kind=dense"]
-    done = capgap("run", str(RECIPE), *words, cwd=tmp_path, data=test_data)
+    done = capgap_here("run", str(RECIPE), *words, cwd=tmp_path, data=test_data)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("the teacher ") == 2
     alone, double_loss, mixed_loss, cached = losses(tmp_path, "alone", "double", "mixed", "cached")

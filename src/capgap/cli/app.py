@@ -45,7 +45,8 @@ def main() -> None:
     """Runs a command; a CapgapError is one message and exit status 2, an interruption 130."""
     from capgap.cli import commands
 
-    commands.register(app)
+    if not app.registered_commands:
+        commands.register(app)
     try:
         app(standalone_mode=True)
     except CapgapError as error:

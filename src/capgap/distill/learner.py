@@ -88,7 +88,8 @@ class Learner:
         self.run, self.steps, self.step_tokens, self.world = run, steps, step_tokens, world
         settings = run.settings
         divergence = Divergence(settings.divergence, settings.mix)
-        mix = Mix(divergence, settings.kd_weight, settings.temperature, settings.chunk_tokens, _chunk_compiled(settings, device))
+        compiled = device.type == "cuda" if settings.compile == "auto" else settings.compile
+        mix = Mix(divergence, settings.kd_weight, settings.temperature, settings.chunk_tokens, compiled)
         run.student.train()
         self.objective = Objective(run.student, mix, run.hidden, settings.hidden_weight)
         self.model = place_student(self.objective, settings, device)
@@ -231,11 +232,6 @@ class Learner:
             f"{where()}; last good checkpoint in {self.run.folder}: {good}; try a lower distill.lr than "
             f"{self.run.settings.lr} or a longer distill.warmup"
         )
-
-
-def _chunk_compiled(settings: Train, device: torch.device) -> bool:
-    """Whether the work on the logits is compiled: as asked for, and by `auto` on CUDA, where it is many small kernels."""
-    return device.type == "cuda" if settings.compile == "auto" else settings.compile
 
 
 def lr_at(settings: Train, step: int, steps: int) -> float:
