@@ -53,8 +53,7 @@ def measure(tokens: int, seeds: int, place: Path) -> list[dict[str, Any]]:
         quiet=True,
     )
     teachers = Teachers((teacher,), names=("t260k",))
-    config = load_config(teacher)
-    shape = student_shape(recipe.student[0], anatomy_of(config), config)
+    shape = student_shape(recipe.student[0], anatomy_of(load_config(teacher)))
     scores = score_stage(teacher, corpus, recipe.prune, place / "scores", quiet=True)
     pruned = cut_stage(teacher, scores, shape, recipe.prune, corpus, place / "pruned")
     bytes_per_token = {

@@ -1,7 +1,8 @@
-"""Two directives whose content comes from the code, so that it cannot go stale.
+"""Directives whose content comes from the code, so that it cannot go stale.
 
 `keys` makes the table of a settings model's keys; the meanings are written in it, and a key without a meaning or a
-meaning without a key is a warning, which ends the build. `command` shows what a cheap command prints.
+meaning without a key is a warning, which ends the build. `command` shows what a cheap command prints;
+`architectures` lists what can be cut.
 """
 
 import importlib
@@ -21,6 +22,7 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 from typer.testing import CliRunner
 
+from capgap.anatomy import Grouped, Q, known_tables
 from capgap.recipe import FamilyPick, Mixed, Section, parse_count, parse_scale
 
 log = logging.getLogger(__name__)
@@ -134,7 +136,28 @@ class Command(SphinxDirective):
         ]
 
 
+class Architectures(SphinxDirective):
+    """The table of the architectures that come with capgap."""
+
+    def run(self) -> list[nodes.Node]:
+        lines = ["| model type | queries, keys, values | heads | cut |", "|---|---|---|---|"]
+        for table in known_tables():
+            layouts = [
+                axis for row in table.layer for axis in row.axes if not isinstance(axis, str) and Q in axis.parts
+            ]
+            layout = "three weights"
+            if layouts:
+                layout = "one weight, by group" if isinstance(layouts[0], Grouped) else "one weight, stacked"
+            bound = table.fields.head_dim is None
+            cuts = ["layers", "hidden size with heads" if bound else "hidden size, heads", "neurons"]
+            cuts += ["experts"] if table.fields.experts else []
+            names = ", ".join(f"`{name}`" for name in table.model_types)
+            lines.append(f"| {names} | {layout} | {'bound' if bound else 'free'} | {', '.join(cuts)} |")
+        return self.parse_text_to_nodes("\n".join(lines))
+
+
 def setup(app):
+    app.add_directive("architectures", Architectures)
     app.add_directive("keys", Keys)
     app.add_directive("command", Command)
     return {"parallel_read_safe": True}

@@ -145,17 +145,32 @@ def test_a_70b_model_is_counted_at_once_and_leaves_the_random_state_alone():
     assert time.perf_counter() - start < 0.1
 
 
-def test_a_mixture_of_experts_is_refused_by_name():
-    config = AutoConfig.for_model(
-        "mixtral",
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=32,
-    )
-    with pytest.raises(ModelError, match=r"mixtral.*neither a table nor a linear layer.*dense transformers"):
+@pytest.mark.parametrize(
+    ("kind", "neurons"), [("mixtral", "intermediate_size"), ("qwen3_moe", "moe_intermediate_size")]
+)
+def test_of_a_mixture_as_many_experts_are_paid_for_as_a_token_is_given(kind, neurons):
+    sizes = {
+        "hidden_size": 16,
+        neurons: 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "vocab_size": 32,
+        "num_experts_per_tok": 2,
+        "num_experts" if kind == "qwen3_moe" else "num_local_experts": 6,
+        "tie_word_embeddings": False,
+    }
+    counted = count_parameters(AutoConfig.for_model(kind, **sizes))
+    attention, expert, router, table = 2 * 16 * 16 + 2 * 16 * 8, 3 * 16 * 24, 6 * 16, 32 * 16
+    norms = 5 * 16 + (2 * 2 * 8 if kind == "qwen3_moe" else 0)
+    assert counted.total == 2 * (attention + 6 * expert + router) + 2 * table + norms
+    assert counted.matmul == 2 * (attention + 2 * expert + router) + table
+
+
+def test_weights_of_which_it_is_not_known_how_often_they_are_used_are_refused():
+    config = AutoConfig.for_model("mamba", hidden_size=16, num_hidden_layers=1, vocab_size=32)
+    with pytest.raises(ModelError, match=r"mamba.*neither a table, a linear layer nor a mixture's experts"):
         count_parameters(config)
 
 

@@ -123,7 +123,7 @@ class Data(Section):
 
 
 class Student(Section):
-    """The student: a scale (with the layers it keeps), or an explicit shape, and the model it is cut from."""
+    """The student: a scale (with the layers and experts kept), or an explicit shape, and the model it is cut from."""
 
     name: Annotated[str | None, Field(pattern=r"^\w[\w.-]*$")] = None
     scale: Scale | None = None
@@ -131,6 +131,7 @@ class Student(Section):
     hidden: Count | None = None
     kv_heads: Count | None = None
     neurons: Count | None = None
+    experts: Count | None = None
     start: Annotated[ModelRef | None, Field(alias="from")] = None
 
     @model_validator(mode="after")
@@ -138,8 +139,8 @@ class Student(Section):
         shape = [name for name in ("hidden", "kv_heads", "neurons") if getattr(self, name) is not None]
         if self.scale is not None and shape:
             raise ValueError(f"give a scale or an explicit shape, not both; found scale and {', '.join(shape)}")
-        if self.scale is None and not shape and self.layers is None:
-            raise ValueError("give a scale (3B, 0.4x) or a shape (layers, hidden, kv_heads, neurons)")
+        if self.scale is None and not shape and self.layers is None and self.experts is None:
+            raise ValueError("give a scale (3B, 0.4x) or a shape (layers, hidden, kv_heads, neurons, experts)")
         return self
 
 

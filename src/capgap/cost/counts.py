@@ -32,8 +32,8 @@ class Parameters:
         total: all of them: the scale of the model.
         embedding: token and position tables, and the output head; a tied head is the token table.
         non_embedding: total - embedding, the N of scaling laws.
-        matmul: the weights that multiply every token: linear layers, and the head even where it is tied.
-            Neither biases, norms nor tables that are only looked up.
+        matmul: the weights that multiply a token: linear layers, and the head even where it is tied; of a mixture's
+            experts as many as a token is given. Neither biases, norms nor tables that are only looked up.
     """
 
     total: int
@@ -97,7 +97,7 @@ def count_parameters(config: PreTrainedConfig) -> Parameters:
     The model is built on the meta device, without memory for its weights; a configuration is counted once.
 
     Raises: ModelError if transformers knows no causal language model of this configuration, or if the model
-        has weights of which it cannot be said that they multiply every token (mixtures of experts).
+        has weights of which it cannot be said how often they multiply a token.
     """
     return _count(type(config), json.dumps(config.to_dict(), sort_keys=True, default=str))
 
@@ -149,11 +149,19 @@ def _count(kind: type[PreTrainedConfig], text: str) -> Parameters:
     if head is not None:
         tables[id(head.weight)] = head.weight.numel()
     known = tables.keys() | {id(w) for w in linear}
+    matmul = sum(w.numel() for w in linear)
     for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and id(parameter) not in known:
+        if parameter.ndim < 2 or id(parameter) in known:
+            continue
+        experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+        if ".experts." in name and parameter.ndim == 3 and len(parameter) == experts:
+            matmul += parameter.numel() * config.num_experts_per_tok // experts
+        elif name.endswith(".gate.weight"):  # a router
+            matmul += parameter.numel()
+        else:
             raise ModelError(
-                f"{what}: {name} is neither a table nor a linear layer, so the cost of a token is not known; "
-                "dense transformers are supported"
+                f"{what}: {name} is neither a table, a linear layer nor a mixture's experts, so the cost of a token "
+                "is not known"
             )
     total, embedding = sum(weights.values()), sum(tables.values())
-    return Parameters(total, embedding, total - embedding, sum(w.numel() for w in linear))
+    return Parameters(total, embedding, total - embedding, matmul)

@@ -4,10 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from capgap.anatomy import Anatomy, Shape, anatomy_of
-from capgap.anatomy.axes import with_fields
+from capgap.anatomy import Anatomy, Shape, anatomy_of, with_fields
 from capgap.cost import count_parameters, format_count
 from capgap.data import load_tokenizer
 from capgap.distill import first_process_first
@@ -131,8 +130,8 @@ def _planned(recipe: Recipe, output: Path, teacher: str, scale: int | None) -> l
         first_start = first_start or start
         config = load_config(start)
         anatomy = anatomy_of(config)
-        shape = student_shape(student, anatomy, config)
-        parameters = count_parameters(anatomy.config_at(config, shape, range(shape.layers))).total
+        shape = student_shape(student, anatomy)
+        parameters = count_parameters(anatomy.config_at(shape, range(shape.layers))).total
         name = student.name or f"s{format_count(parameters)}"
         if name in planned:
             raise RecipeError(f"student.{index}: there is a student {name} before it; give this one another name")
@@ -168,26 +167,23 @@ def _open(recipe: Recipe | PretrainRecipe, tokenizer: PreTrainedTokenizerBase, *
     return first_process_first(lambda: open_corpus(recipe.data, tokenizer, place, held_out_tokens=tokens, quiet=quiet))
 
 
-def student_shape(student: Student, anatomy: Anatomy, config: PretrainedConfig) -> Shape:
-    """The shape that a recipe's student asks for, cut from a model with this config."""
-    full = anatomy.shape(config)
+def student_shape(student: Student, anatomy: Anatomy) -> Shape:
+    """The shape that a recipe's student asks for, cut from a model of this anatomy."""
+    full = anatomy.shape
+    if student.experts is not None and full.experts is None:
+        raise RecipeError(f"student.experts = {student.experts}, but the model it is cut from has no experts")
     if student.scale is None:
-        shape = with_fields(
-            full,
-            layers=student.layers,
-            hidden=student.hidden,
-            kv_heads=student.kv_heads,
-            neurons=student.neurons,
-        )
-        for name in ("layers", "hidden", "kv_heads", "neurons"):
-            if getattr(shape, name) > getattr(full, name):
+        names = ("layers", "hidden", "kv_heads", "neurons", "experts")
+        shape = with_fields(full, **{name: getattr(student, name) for name in names})
+        for name in names:
+            if (getattr(shape, name) or 0) > (getattr(full, name) or 0):
                 raise RecipeError(
                     f"student.{name} = {getattr(shape, name)}, but the model it is cut from has only "
                     f"{getattr(full, name)}"
                 )
-        anatomy.config_at(config, shape, range(shape.layers))
+        anatomy.config_at(shape, range(shape.layers))
         return shape
-    total = count_parameters(config).total
+    total = count_parameters(anatomy.config).total
     target = round(student.scale * total) if isinstance(student.scale, float) else student.scale
     multiple = 64 if full.hidden >= 1024 else 1
-    return solve_shape(anatomy, config, target, layers=student.layers, multiple=multiple)
+    return solve_shape(anatomy, target, layers=student.layers, experts=student.experts, multiple=multiple)

@@ -1,6 +1,6 @@
 """Slices a model's weights down to a student's shape."""
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from capgap.anatomy import HIDDEN, KV, NEURON, Anatomy, Q, Shape
+from capgap.anatomy import EXPERT, HIDDEN, KV, NEURON, Anatomy, Dimension, Grouped, Q, Shape, length
 from capgap.errors import ShapeError
 from capgap.models import new_model
 from capgap.prune.importance import Scores
@@ -16,12 +16,28 @@ from capgap.prune.importance import Scores
 
 @dataclass(frozen=True)
 class Keep:
-    """What stays: layers, hidden dimensions, and for each kept layer its key-value heads and neurons (ascending)."""
+    """What stays, each list ascending.
+
+    Attributes:
+        layers: of the model's layers.
+        hidden: of the hidden dimensions.
+        kv_heads: for each kept layer, its key-value heads.
+        neurons: for each kept layer its neurons, [N]; with experts [E, N], a row for each of the model's experts.
+        experts: for each kept layer its experts; None in a dense model.
+    """
 
     layers: tuple[int, ...]
     hidden: Tensor
     kv_heads: tuple[Tensor, ...]
     neurons: tuple[Tensor, ...]
+    experts: tuple[Tensor, ...] | None = None
+
+    @property
+    def shape(self) -> Shape:
+        """The student's shape."""
+        experts = None if self.experts is None else len(self.experts[0])
+        neurons = self.neurons[0].shape[-1]
+        return Shape(len(self.layers), len(self.hidden), len(self.kv_heads[0]), neurons, experts)
 
 
 def select(scores: Scores, shape: Shape, *, layers: Literal["symmetric", "even"] = "symmetric") -> Keep:
@@ -32,50 +48,56 @@ def select(scores: Scores, shape: Shape, *, layers: Literal["symmetric", "even"]
             (the paper's way), one more at the top if odd; `even` spreads what stays, first and last included.
     Raises: ShapeError if the shape asks for more than there is.
     """
-    have = Shape(scores.kv_heads.shape[0], scores.hidden.numel(), scores.kv_heads.shape[1], scores.neurons.shape[1])
-    for name in ("layers", "hidden", "kv_heads", "neurons"):
+    have = scores.shape
+    for name in ("layers", "hidden", "kv_heads", "neurons", "experts"):
         asked, there = getattr(shape, name), getattr(have, name)
-        if not 1 <= asked <= there:
+        if asked is None and there is None:
+            continue
+        if asked is None or there is None or not 1 <= asked <= there:
             raise ShapeError(f"student.{name} = {asked} cannot be cut from a model with {name} = {there}")
     if layers == "symmetric":
         first = (have.layers - shape.layers) // 2
         kept = tuple(range(first, first + shape.layers))
     else:
         kept = tuple(round(x) for x in torch.linspace(0, have.layers - 1, shape.layers).tolist())
+    experts = None
+    if scores.experts is not None and shape.experts is not None:
+        experts = tuple(_best(scores.experts[i], shape.experts) for i in kept)
     return Keep(
         kept,
         _best(scores.hidden, shape.hidden),
         tuple(_best(scores.kv_heads[i], shape.kv_heads) for i in kept),
         tuple(_best(scores.neurons[i], shape.neurons) for i in kept),
+        experts,
     )
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
-    return torch.sort(torch.argsort(scores, descending=True, stable=True)[:count]).values
+    """The places of the highest scores along the last dimension, ascending."""
+    best = torch.argsort(scores, dim=-1, descending=True, stable=True)[..., :count]
+    return torch.sort(best, dim=-1).values
 
 
 def cut_model(model: PreTrainedModel, anatomy: Anatomy, keep: Keep) -> PreTrainedModel:
     """A new model of the same class with what `keep` names; `model` is not changed.
 
+    Where an architecture multiplies its embeddings by the square root of the hidden size, embedding and last norm
+    are rescaled, so that the student sees the embeddings as large as its parent does.
+
     Raises: ShapeError if the installed transformers refuses the shape.
     """
-    shape = Shape(len(keep.layers), len(keep.hidden), len(keep.kv_heads[0]), len(keep.neurons[0]))
-    student = new_model(anatomy.config_at(model.config, shape, keep.layers), seed=0)
-    sizes = anatomy.sizes(model.config)
+    student = new_model(anatomy.config_at(keep.shape, keep.layers), seed=0)
+    table, cutter = anatomy.table, _Cutter(anatomy, keep)
     weights = model.state_dict()
     cut: dict[str, Tensor] = {}
     for name in student.state_dict():
-        _, layer, axes = anatomy.match(name)
-        source = (
-            name
-            if layer is None
-            else name.replace(f"{anatomy.layers_at}.{layer}.", f"{anatomy.layers_at}.{keep.layers[layer]}.", 1)
-        )
-        tensor = weights[source]
-        for dim, axis in enumerate(axes):
-            if (index := _index(keep, axis, layer, sizes, shape)) is not None:
-                tensor = tensor.index_select(dim, index.to(tensor.device))
-        cut[name] = tensor
+        row, layer, axes = table.match(name)
+        source = name
+        if layer is not None:
+            source = name.replace(f"{table.layers_at}.{layer}.", f"{table.layers_at}.{keep.layers[layer]}.", 1)
+        cut[name] = cutter.cut(weights[source], axes, layer)
+        if table.scaled_embedding and (row.name == table.final_norm or axes == table.row(table.embedding).axes):
+            cut[name] = _rescaled(cut[name], row.name, anatomy, len(keep.hidden), model)
     student.load_state_dict(cut, strict=True)
     if model.generation_config is not None:
         student.generation_config = model.generation_config
@@ -83,13 +105,59 @@ def cut_model(model: PreTrainedModel, anatomy: Anatomy, keep: Keep) -> PreTraine
     return student
 
 
-def _index(keep: Keep, axis: str, layer: int | None, sizes: dict, shape: Shape) -> Tensor | None:
-    if axis == HIDDEN:
-        return keep.hidden
-    if layer is None or axis not in (Q, KV, NEURON):
-        return None
-    if axis == NEURON:
-        return keep.neurons[layer]
-    heads: Sequence[int] = keep.kv_heads[layer].tolist()
-    width = sizes[axis] // (sizes[KV] // sizes["within_head"])
-    return torch.cat([torch.arange(head * width, (head + 1) * width) for head in heads])
+def _rescaled(weight: Tensor, row: str, anatomy: Anatomy, hidden: int, model: PreTrainedModel) -> Tensor:
+    """The embedding (and a head tied to it) grown by what its factor shrinks; the last norm shrunk where tied."""
+    table, grown = anatomy.table, math.sqrt(anatomy.shape.hidden / hidden)
+    tied = model.config.tie_word_embeddings
+    if row == table.final_norm:
+        return (weight + table.norm_offset) / grown - table.norm_offset if tied else weight
+    return weight * grown if row == table.embedding or tied else weight
+
+
+class _Cutter:
+    """What of each dimension stays, as indices."""
+
+    def __init__(self, anatomy: Anatomy, keep: Keep):
+        self.anatomy, self.keep, self.sizes = anatomy, keep, anatomy.sizes()
+
+    def cut(self, tensor: Tensor, axes: tuple[Dimension, ...], layer: int | None) -> Tensor:
+        """The part of a weight that stays."""
+        if axes[0] == EXPERT and self.keep.experts is not None and layer is not None:
+            # Each expert keeps neurons of its own.
+            rest = axes[1:]
+            experts = self.keep.experts[layer].tolist()
+            return torch.stack([self._cut(tensor[i], rest, layer, expert=i) for i in experts])
+        return self._cut(tensor, axes, layer)
+
+    def _cut(self, tensor: Tensor, axes: tuple[Dimension, ...], layer: int | None, expert: int | None = None) -> Tensor:
+        for dim, axis in enumerate(axes):
+            if (index := self._index(axis, layer, expert)) is not None:
+                tensor = tensor.index_select(dim, index.to(tensor.device))
+        return tensor
+
+    def _index(self, axis: Dimension, layer: int | None, expert: int | None) -> Tensor | None:
+        """The places that stay, or None where all do."""
+        if isinstance(axis, Grouped) and layer is not None:
+            return self._heads(length(axis, self.sizes), layer)
+        if not isinstance(axis, str):
+            found, at = [], 0
+            for part in axis.parts:
+                whole = torch.arange(self.sizes[part])
+                index = self._index(part, layer, expert)
+                found.append(at + (whole if index is None else index))
+                at += self.sizes[part]
+            return torch.cat(found)
+        if axis == HIDDEN:
+            return self.keep.hidden
+        if layer is None:
+            return None
+        if axis == NEURON:
+            return self.keep.neurons[layer] if expert is None else self.keep.neurons[layer][expert]
+        return self._heads(self.sizes[axis], layer) if axis in (Q, KV) else None
+
+    def _heads(self, size: int, layer: int) -> Tensor:
+        """The places of the kept key-value groups in a dimension that holds the groups one after the other."""
+        width = size // self.anatomy.shape.kv_heads
+        return torch.cat(
+            [torch.arange(head * width, (head + 1) * width) for head in self.keep.kv_heads[layer].tolist()]
+        )
