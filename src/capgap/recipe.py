@@ -150,9 +150,10 @@ Students = Annotated[list[Student], BeforeValidator(_as_list), Field(min_length=
 class Prune(Section):
     """How the student is cut out of the start."""
 
-    score: Literal["expressiveness"] = "expressiveness"
+    score: Literal["expressiveness", "activation", "magnitude", "random"] = "expressiveness"
     calibration_tokens: Count = 524_288
-    layers: Literal["symmetric", "even"] = "symmetric"
+    layers: Literal["symmetric", "even", "influence", "contiguous"] = "symmetric"
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 _HOW_IT_IS_RUN = (

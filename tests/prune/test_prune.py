@@ -1,5 +1,7 @@
 """Which parts are chosen, and the shapes that are found; that the cut itself is right is proved in tests/anatomy."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,10 +9,11 @@ from hypothesis import strategies as st
 
 from capgap.anatomy import Shape, anatomy_of
 from capgap.cost import count_parameters
-from capgap.errors import ShapeError
+from capgap.errors import ModelError, ShapeError
 from capgap.plan.families import family_names, load_family
-from capgap.prune import Keep, Scores, cut_model, expressiveness, select, solve_shape
-from tiny import ids, tiny_config, tiny_model
+from capgap.prune import Keep, Scores, cut_model, score, select, solve_shape
+from capgap.prune.importance import magnitudes
+from tiny import ALL, ids, tiny_config, tiny_model
 
 
 def whole(model) -> Keep:
@@ -19,7 +22,8 @@ def whole(model) -> Keep:
         tuple(range(shape.layers)),
         torch.arange(shape.hidden),
         (torch.arange(shape.kv_heads),) * shape.layers,
-        (torch.arange(shape.neurons),) * shape.layers,
+        (torch.arange(shape.neurons).expand(*([shape.experts] if shape.experts else []), -1),) * shape.layers,
+        (torch.arange(shape.experts),) * shape.layers if shape.experts else None,
     )
 
 
@@ -33,6 +37,95 @@ def test_cut_layers_equal_the_teacher_without_them():
     for i in (1, 2):
         hidden = model.model.layers[i](hidden, position_embeddings=rope, attention_mask=None)
     torch.testing.assert_close(cut(ids()).logits, model.lm_head(model.model.norm(hidden)), rtol=1e-5, atol=1e-5)
+
+
+def squares(model) -> float:
+    return sum(float(p.detach().double().square().sum()) for p in model.parameters() if p.dim() > 1)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_the_magnitude_of_what_is_cut_is_what_the_weights_lose(kind):
+    model = tiny_model(kind)
+    anatomy = anatomy_of(model.config)
+    shape, found = anatomy.shape, magnitudes(model, anatomy)
+    generator = torch.Generator().manual_seed(0)
+
+    def check(lost: torch.Tensor, **kept) -> None:
+        whole_model = whole(model)
+        student = cut_model(model, anatomy, replace(whole_model, **kept))
+        assert squares(model) - squares(student) == pytest.approx(float(lost), rel=1e-5)
+
+    drop = torch.randint(0, 48, (3, shape.experts or 1), generator=generator)
+    kept = [torch.stack([torch.tensor([n for n in range(48) if n != i]) for i in row.tolist()]) for row in drop]
+    neurons = found["neurons"].square().view(3, -1, 48).gather(-1, drop[..., None])
+    check(neurons.sum(), neurons=tuple(kept if shape.experts else (rows[0] for rows in kept)))
+    if shape.experts:
+        check(
+            found["experts"].square()[:, 3].sum() + sum(gates(model, 3)),
+            experts=(torch.arange(3),) * 3,
+        )
+    if anatomy.hidden_of(1) is None:
+        check(found["kv_heads"].square()[:, 1].sum(), kv_heads=(torch.tensor([0]),) * 3)
+        if not kind.startswith("gemma"):  # whose embeddings are rescaled
+            check(found["hidden"].square()[24:].sum(), hidden=torch.arange(24))
+
+
+def gates(model, expert: int) -> list[float]:
+    return [float(p[expert].detach().square().sum()) for name, p in model.named_parameters() if name.endswith("mlp.gate.weight")]
+
+
+def test_activations_are_those_of_the_neurons():
+    model = tiny_model()
+    seen = []
+    hooks = [
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _m, x: seen.append(x[0])) for layer in model.model.layers
+    ]
+    batches = [ids(seed=1), ids(seed=2)]
+    for batch in batches:
+        model(batch[:, :-1])
+    for hook in hooks:
+        hook.remove()
+    found = score(model, anatomy_of(model.config), batches, method="activation", quiet=True).neurons
+    for layer in range(3):
+        both = torch.cat([seen[layer], seen[3 + layer]])
+        wanted = sum((sequence.abs().sum(0) / len(sequence)) ** 2 for sequence in both) ** 0.5
+        torch.testing.assert_close(found[layer], wanted / wanted.norm())
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("method", ["activation", "magnitude", "random"])
+def test_every_method_scores_every_architecture_and_compares_its_layers(kind, method):
+    model = tiny_model(kind)
+    anatomy = anatomy_of(model.config)
+    if method == "activation" and anatomy.shape.experts:
+        with pytest.raises(ModelError, match="experts cannot be watched"):
+            score(model, anatomy, [ids()], method=method, quiet=True)
+        return
+    found = score(model, anatomy, [ids()], method=method, quiet=True)
+    assert found.shape == anatomy.shape
+    assert found.similarity is not None
+    torch.testing.assert_close(found.similarity.diagonal(), torch.ones(4))
+    assert all(p.requires_grad for p in model.parameters())
+    before, after = (model(ids()[:, :-1], output_hidden_states=True).hidden_states[i].flatten(0, 1) for i in (0, 1))
+    alike = torch.nn.functional.cosine_similarity(before, after, dim=-1).mean()
+    torch.testing.assert_close(found.similarity[0, 1], alike, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_change_little_are_dropped():
+    similarity = torch.eye(6)
+    for a, b, alike in ((0, 1, 0.5), (1, 2, 0.9), (2, 3, 0.6), (3, 4, 0.95), (4, 5, 0.4)):
+        similarity[a, b] = alike
+    similarity[0, 2], similarity[1, 3], similarity[2, 4], similarity[3, 5] = 0.3, 0.8, 0.7, 0.2
+    scores = Scores(torch.rand(32), torch.rand(5, 2), torch.rand(5, 48), similarity=similarity)
+    assert select(scores, Shape(3, 32, 2, 48), layers="influence").layers == (0, 2, 4)
+    assert select(scores, Shape(3, 32, 2, 48), layers="contiguous").layers == (0, 3, 4)
+    assert select(scores, Shape(5, 32, 2, 48), layers="contiguous").layers == (0, 1, 2, 3, 4)
+    with pytest.raises(ShapeError, match="were compared"):
+        select(Scores(*scores_of_three()), Shape(2, 32, 2, 48), layers="influence")
+
+
+def scores_of_three() -> tuple[torch.Tensor, ...]:
+    return torch.rand(32), torch.rand(3, 2), torch.rand(3, 48)
 
 
 def test_of_experts_the_best_stay_and_each_keeps_its_own_best_neurons():
@@ -62,8 +155,8 @@ def test_expressiveness_is_the_mean_of_absolute_gradients_and_leaves_the_model_a
     model = tiny_model()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     anatomy = anatomy_of(model.config)
-    both = expressiveness(model, anatomy, [ids(seed=1), ids(seed=2)], quiet=True)
-    one = expressiveness(model, anatomy, [ids(seed=1)], quiet=True)
+    both = score(model, anatomy, [ids(seed=1), ids(seed=2)], quiet=True)
+    one = score(model, anatomy, [ids(seed=1)], quiet=True)
     assert not torch.equal(both.hidden, one.hidden)
     torch.testing.assert_close(both.neurons.norm(dim=1), torch.ones(3))
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())

@@ -15,7 +15,7 @@ from capgap.anatomy import Shape, anatomy_of
 from capgap.data import Batches, PackedTokens, pack
 from capgap.files import LINEAGE, hash_of, read_json, read_lineage, write_json
 from capgap.models import default_device, hash_model, load_model, save_model
-from capgap.prune import Scores, cut_model, expressiveness, select
+from capgap.prune import Scores, cut_model, score, select
 from capgap.recipe import Data, Prune
 
 
@@ -73,11 +73,12 @@ def lineage_of(stage: str, inputs: Any, **more: Any) -> dict[str, Any]:
 
 
 def score_stage(start: Path, corpus: Corpus, settings: Prune, folder: Path, *, quiet: bool = False) -> Scores:
-    """The start's expressiveness scores, one pass for all its students."""
+    """The start's scores, one pass for all its students."""
     inputs = {
         "start": hash_model(start),
         "data": corpus.hash,
         "score": settings.score,
+        "seed": settings.seed,
         "tokens": settings.calibration_tokens,
     }
     if is_done(folder, inputs):
@@ -91,7 +92,15 @@ def score_stage(start: Path, corpus: Corpus, settings: Prune, folder: Path, *, q
     def calibration() -> Iterator[torch.Tensor]:
         yield from (batches.batch(i) for i in range(count))
 
-    scores = expressiveness(model, anatomy_of(model.config), calibration(), total=count, quiet=quiet)
+    scores = score(
+        model,
+        anatomy_of(model.config),
+        calibration(),
+        method=settings.score,
+        seed=settings.seed,
+        total=count,
+        quiet=quiet,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     scores.save(folder / "scores.safetensors")
     write_json(folder / LINEAGE, lineage_of("score", inputs))

@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 from capgap.anatomy import EXPERT, HIDDEN, KV, NEURON, Anatomy, Dimension, Grouped, Q, Shape, length
 from capgap.errors import ShapeError
 from capgap.models import new_model
-from capgap.prune.importance import Scores
+from capgap.prune.scores import Scores
+
+LayerChoice = Literal["symmetric", "even", "influence", "contiguous"]
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,16 @@ class Keep:
         return Shape(len(self.layers), len(self.hidden), len(self.kv_heads[0]), neurons, experts)
 
 
-def select(scores: Scores, shape: Shape, *, layers: Literal["symmetric", "even"] = "symmetric") -> Keep:
+def select(scores: Scores, shape: Shape, *, layers: LayerChoice = "symmetric") -> Keep:
     """The best-scored parts that fill `shape`.
 
     Args:
         layers: which layers stay when the shape has fewer: `symmetric` drops as many at the bottom as at the top
-            (the paper's way), one more at the top if odd; `even` spreads what stays, first and last included.
-    Raises: ShapeError if the shape asks for more than there is.
+            (the paper's way), one more at the top if odd; `even` spreads what stays, first and last included;
+            `influence` drops the layers that change the hidden state least (Men et al. 2024, arXiv:2403.03853);
+            `contiguous` drops those between the two places where it is most alike (Gromov et al. 2024,
+            arXiv:2403.17887).
+    Raises: ShapeError if the shape asks for more than there is, or the layers were not compared.
     """
     have = scores.shape
     for name in ("layers", "hidden", "kv_heads", "neurons", "experts"):
@@ -55,11 +60,7 @@ def select(scores: Scores, shape: Shape, *, layers: Literal["symmetric", "even"]
             continue
         if asked is None or there is None or not 1 <= asked <= there:
             raise ShapeError(f"student.{name} = {asked} cannot be cut from a model with {name} = {there}")
-    if layers == "symmetric":
-        first = (have.layers - shape.layers) // 2
-        kept = tuple(range(first, first + shape.layers))
-    else:
-        kept = tuple(round(x) for x in torch.linspace(0, have.layers - 1, shape.layers).tolist())
+    kept = _layers(scores, shape.layers, layers)
     experts = None
     if scores.experts is not None and shape.experts is not None:
         experts = tuple(_best(scores.experts[i], shape.experts) for i in kept)
@@ -70,6 +71,21 @@ def select(scores: Scores, shape: Shape, *, layers: Literal["symmetric", "even"]
         tuple(_best(scores.neurons[i], shape.neurons) for i in kept),
         experts,
     )
+
+
+def _layers(scores: Scores, count: int, choice: LayerChoice) -> tuple[int, ...]:
+    have = len(scores.kv_heads)
+    if choice == "symmetric":
+        first = (have - count) // 2
+        return tuple(range(first, first + count))
+    if choice == "even":
+        return tuple(round(x) for x in torch.linspace(0, have - 1, count).tolist())
+    if scores.similarity is None:
+        raise ShapeError(f"prune.layers = {choice} needs scores in which the layers were compared; score the model anew")
+    if choice == "influence":
+        return tuple(_best(-scores.similarity.diagonal(1), count).tolist())
+    first = int(scores.similarity.diagonal(have - count).argmax())
+    return (*range(first), *range(first + have - count, have))
 
 
 def _best(scores: Tensor, count: int) -> Tensor:

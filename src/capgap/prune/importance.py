@@ -1,107 +1,229 @@
-"""Which heads, neurons and hidden dimensions matter: expressiveness scores.
+"""Which heads, neurons, experts and hidden dimensions matter, by one of four methods, in one pass over some text."""
 
-A mask multiplies each hidden dimension (shared by all layers), each key-value group's output and each neuron.
-The score is the mean over calibration batches of |dL/dmask| at mask = 1. No mask is ever built: where a weight W
-reads dimension i, y = W (m * x) gives dL/dm_i = sum_j W_ji * dL/dW_ji.
-"""
-
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
-from capgap.anatomy import EXPERT, HIDDEN, NEURON, Anatomy, Axis, Q, Shape, Weight
-from capgap.errors import DataError
-from capgap.files import atomic_file
-from capgap.models import sum_cross_entropy
+from capgap.anatomy import EXPERT, HIDDEN, KV, NEURON, Anatomy, Axis, Dimension, Grouped, Q, Weight
+from capgap.errors import DataError, ModelError
+from capgap.models import hidden_states, sum_cross_entropy
 from capgap.progress import Bar
+from capgap.prune.scores import Scores, normalised
+
+Method = Literal["expressiveness", "activation", "magnitude", "random"]
+# Of so many tokens of a batch it is measured how alike the hidden state is before and after each layer.
+_TOKENS_COMPARED = 512
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Importance, larger is more important.
-
-    Attributes:
-        hidden: [H], shared by all layers.
-        kv_heads: [layers, key-value heads], of a key-value head with its query heads; each layer has L2 norm 1.
-        neurons: [layers, N], each layer has L2 norm 1; of each expert [layers, E, N], where there are experts.
-        experts: [layers, E], each layer has L2 norm 1; None in a dense model.
-    """
-
-    hidden: Tensor
-    kv_heads: Tensor
-    neurons: Tensor
-    experts: Tensor | None = None
-
-    @property
-    def shape(self) -> Shape:
-        """The shape of the model that was scored."""
-        experts = None if self.experts is None else self.experts.shape[1]
-        return Shape(len(self.kv_heads), self.hidden.numel(), self.kv_heads.shape[1], self.neurons.shape[-1], experts)
-
-    def save(self, path: Path) -> None:
-        """Writes a safetensors file, whole or not at all."""
-        with atomic_file(path) as beside:
-            save_file({name: scores for name, scores in vars(self).items() if scores is not None}, beside)
-
-    @classmethod
-    def load(cls, path: Path) -> "Scores":
-        """Reads what save wrote."""
-        return cls(**load_file(path))
-
-
-def expressiveness(
+def score(
     model: PreTrainedModel,
     anatomy: Anatomy,
     batches: Iterable[Tensor],
     *,
+    method: Method = "expressiveness",
+    seed: int = 0,
     total: int | None = None,
     quiet: bool = False,
 ) -> Scores:
-    """Scores every hidden dimension, key-value group and neuron of `model` in one pass.
+    """Scores every hidden dimension, key-value group, neuron and expert of `model`, and compares its layers.
 
     Args:
         batches: ids [B, L + 1] each; labels are the ids one further.
+        method: `expressiveness`, the mean over batches of |dL/dmask| at mask = 1, where a mask multiplies what is
+            scored; `activation`, the L2 norm over sequences of the mean over their tokens of |activation|;
+            `magnitude`, the L2 norm of all weights that go with it; `random`.
+        seed: of `random`.
         total: how many batches there are, for the progress shown.
     Returns: the scores, float32 on the CPU.
-    Raises: DataError if there is no batch.
-    Source: Zhang et al. 2025, arXiv:2311.07052 (expressiveness); normalised by L2 per layer as there.
+    Raises: DataError if there is no batch; ModelError for the activations of a mixture of experts.
+    Source: expressiveness, and the norm over each layer: Zhang et al. 2025, arXiv:2311.07052; activation: Muralidharan
+        et al. 2024, arXiv:2407.14679, section 2.2, with the absolute value within the mean.
     """
-    kept = {name: p.requires_grad for name, p in model.named_parameters()}
-    model.eval().requires_grad_(True)
+    if method == "activation" and anatomy.shape.experts is not None:
+        raise ModelError(
+            f"prune.score = activation: the neurons of a {model.config.model_type}'s experts cannot be watched; "
+            "use expressiveness, magnitude or random"
+        )
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.eval().requires_grad_(method == "expressiveness")
     sums: dict[str, Tensor] = {}
     count = 0
-    with Bar("scoring", total, quiet=quiet) as bar:
+    with Bar("scoring", total, quiet=quiet) as bar, torch.set_grad_enabled(method == "expressiveness"):
         for count, ids in enumerate(batches, start=1):
             ids = ids.to(model.device)
-            model.zero_grad(set_to_none=True)
-            (sum_cross_entropy(model, ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()).backward()
-            for name, gradient in mask_gradients(model, anatomy).items():
-                sums[name] = sums.get(name, torch.zeros_like(gradient)) + gradient.abs()
+            with _compared_layers(model, anatomy) as similarity:
+                found = _METHODS[method](model, anatomy, ids)
+            for name, part in (found | {"similarity": similarity()}).items():
+                sums[name] = sums.get(name, 0) + part
             bar.to(count)
     model.zero_grad(set_to_none=True)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(kept[name])
+        parameter.requires_grad_(wanted[name])
     if count == 0:
         raise DataError("no calibration text: the scores need at least one block")
-    mean = {name: (total / count).float().cpu() for name, total in sums.items()}
-    return Scores(**{name: _normalised(scores) for name, scores in mean.items()})
+    similarity_LL = (sums.pop("similarity") / count).float().cpu()
+    if method == "activation":
+        sums = {name: part.sqrt() for name, part in sums.items()}
+    if method == "magnitude":
+        sums = magnitudes(model, anatomy)
+    if method == "random":
+        sums = _random(anatomy, seed)
+    return Scores(**{n: normalised(part.float().cpu()) for n, part in sums.items()}, similarity=similarity_LL)
 
 
-def _normalised(scores: Tensor) -> Tensor:
-    """Scores [H], or each layer's [layers, ...], divided by their L2 norm."""
-    over = 0 if scores.dim() == 1 else tuple(range(1, scores.dim()))
-    norm = torch.linalg.vector_norm(scores, dim=over, keepdim=True)
-    return scores / norm.clamp_min(torch.finfo(torch.float32).tiny)
+def _expressiveness(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    (sum_cross_entropy(model, ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()).backward()
+    return {name: gradient.abs() for name, gradient in mask_gradients(model, anatomy).items()}
+
+
+def _activations(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor) -> dict[str, Tensor]:
+    """Summed over sequences, the squared mean over tokens of |activation|; of a key-value group, its vector's norm."""
+    table, layers = anatomy.table, anatomy.shape.layers
+    modules = dict(model.named_modules())
+    seen: dict[str, list[Tensor]] = {}
+    hooks = []
+
+    def watch(name: str, key: str) -> None:
+        norm = modules[name].weight.dim() == 1  # type: ignore[union-attr]
+
+        def take(_m: nn.Module, args: tuple, out: Tensor | None = None) -> None:
+            activation = (out if norm and out is not None else args[0]).detach().float()
+            if key.startswith("kv_heads"):
+                activation = activation.unflatten(-1, (anatomy.shape.kv_heads, -1)).norm(dim=-1)
+            seen.setdefault(key, []).append(activation.abs().mean(1).square().sum(0))
+
+        module = modules[name]
+        hooks.append(module.register_forward_hook(take) if norm else module.register_forward_pre_hook(take))
+
+    for axis, key in ((HIDDEN, "hidden"), (Q, "kv_heads"), (NEURON, "neurons")):
+        for row in table.masks[axis]:
+            for layer in range(layers):
+                if (name := f"{table.layers_at}.{layer}.{row}") in modules:
+                    watch(name, key if axis == HIDDEN else f"{key}.{layer}")
+            if row in modules:
+                watch(row, key)
+    try:
+        hidden_states(model, ids[:, :-1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = {"hidden": torch.stack(seen["hidden"]).sum(0)}
+    for key in ("kv_heads", "neurons"):
+        found[key] = torch.stack([torch.stack(seen[f"{key}.{layer}"]).sum(0) for layer in range(layers)])
+    return found
+
+
+def _nothing(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor) -> dict[str, Tensor]:
+    """A forward pass for what is seen of the layers."""
+    hidden_states(model, ids[:, :-1])
+    return {}
+
+
+_METHODS: dict[Method, Callable[[PreTrainedModel, Anatomy, Tensor], dict[str, Tensor]]] = {
+    "expressiveness": _expressiveness,
+    "activation": _activations,
+    "magnitude": _nothing,
+    "random": _nothing,
+}
+
+
+@contextlib.contextmanager
+def _compared_layers(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Callable[[], Tensor]]:
+    """Within it layers are watched; what it gives returns the mean cosine [layers + 1, layers + 1] of hidden states."""
+    modules = dict(model.named_modules())
+    layers = [modules[f"{anatomy.table.layers_at}.{i}"] for i in range(anatomy.shape.layers)]
+    states: dict[int, Tensor] = {}
+
+    def keep(place: int, state: Tensor) -> None:
+        states[place] = functional.normalize(state.detach().flatten(0, 1)[:_TOKENS_COMPARED].float(), dim=-1)
+
+    def before(place: int) -> Callable[..., None]:
+        return lambda _m, args, kwargs: keep(place, args[0] if args else kwargs["hidden_states"])
+
+    hooks = [layer.register_forward_pre_hook(before(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    hooks.append(
+        layers[-1].register_forward_hook(
+            lambda _m, _x, out: keep(len(layers), out[0] if isinstance(out, tuple) else out)
+        )
+    )
+
+    def similarity() -> Tensor:
+        states_LTH = torch.stack([states[place] for place in range(len(layers) + 1)])
+        return torch.einsum("ath,bth->ab", states_LTH, states_LTH) / states_LTH.shape[1]
+
+    try:
+        yield similarity
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def magnitudes(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, Tensor]:
+    """The L2 norm of all weights (not biases or norms) that go with each hidden dimension, key-value group, neuron
+    and expert, as Scores has them."""
+    shape, sizes = anatomy.shape, anatomy.sizes()
+    device = model.device
+    hidden = torch.zeros(shape.hidden, device=device)
+    heads = torch.zeros(shape.layers, shape.kv_heads, device=device)
+    by_expert = () if shape.experts is None else (shape.experts,)
+    neurons = torch.zeros(shape.layers, *by_expert, shape.neurons, device=device)
+
+    def folded(square: Tensor, axes: tuple[Dimension, ...], dim: int, axis: Axis) -> Tensor:
+        """Squares summed over all dimensions but `dim` and the experts', whose parts of `axis` are laid together."""
+        others = [d for d, found in enumerate(axes) if d != dim and not (axis == NEURON and found == EXPERT)]
+        square = square.sum(others) if others else square
+        found, at = torch.zeros(()).to(square), 0
+        dimension = axes[dim]
+        parts = (dimension,) if isinstance(dimension, str) else dimension.parts
+        if axis != NEURON and isinstance(dimension, Grouped):
+            return square.view(shape.kv_heads, -1).sum(-1)
+        for part in parts:
+            piece = square[..., at : at + sizes[part]]
+            found = found + (piece if axis in (NEURON, HIDDEN) else piece.view(shape.kv_heads, -1).sum(-1))
+            at += sizes[part]
+        return found
+
+    for name, parameter in model.named_parameters():
+        _, layer, axes = anatomy.table.match(name)
+        if parameter.dim() < 2:
+            continue
+        square = parameter.detach().float().square()
+        for dim, dimension in enumerate(axes):
+            parts = {dimension} if isinstance(dimension, str) else set(dimension.parts)
+            if HIDDEN in parts:
+                hidden += folded(square, axes, dim, HIDDEN)
+            if layer is not None and NEURON in parts:
+                neurons[layer] += folded(square, axes, dim, NEURON)
+            if layer is not None and parts & {Q, KV}:
+                heads[layer] += folded(square, axes, dim, Q)
+    found = {"hidden": hidden.sqrt(), "kv_heads": heads.sqrt(), "neurons": neurons.sqrt()}
+    return found if shape.experts is None else found | {"experts": neurons.sum(-1).sqrt()}
+
+
+def _random(anatomy: Anatomy, seed: int) -> dict[str, Tensor]:
+    shape, generator = anatomy.shape, torch.Generator().manual_seed(seed)
+    by_expert = () if shape.experts is None else (shape.experts,)
+    sizes: dict[str, Any] = {
+        "hidden": (shape.hidden,),
+        "kv_heads": (shape.layers, shape.kv_heads),
+        "neurons": (shape.layers, *by_expert, shape.neurons),
+    }
+    sizes |= {"experts": (shape.layers, *by_expert)} if by_expert else {}
+    return {name: torch.rand(size, generator=generator) for name, size in sizes.items()}
 
 
 def mask_gradients(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, Tensor]:
     """dL/dmask at mask = 1 from the gradients that `model` holds: hidden [H], kv_heads [layers, groups],
-    neurons [layers, N]; with experts neurons [layers, E, N] and experts [layers, E]."""
+    neurons [layers, N]; with experts neurons [layers, E, N] and experts [layers, E].
+
+    No mask is ever built: where a weight W reads dimension i, y = W (m * x) gives dL/dm_i = sum_j W_ji * dL/dW_ji.
+    """
     table, present = anatomy.table, dict(model.named_parameters())
     layers, groups = anatomy.shape.layers, anatomy.shape.kv_heads
 

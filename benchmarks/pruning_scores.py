@@ -1,0 +1,109 @@
+"""What a score is worth: held-out loss right after pruning, and after equal short distillation, for each score.
+
+Students are cut in width out of a real Llama of 260,000 parameters, and learn from it on TinyStories; everything but
+the score is the same. Needs the test data (see CONTRIBUTING.md).
+
+    python benchmarks/pruning_scores.py --tokens 200k --seeds 3 --records studies/pruning/records.jsonl
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from _measure import machine, print_table, write_results
+from capgap.anatomy import anatomy_of
+from capgap.data import load_tokenizer
+from capgap.models import default_device, load_config, resolve_folder
+from capgap.pipeline import Teachers, Training, cut_stage, open_corpus, score_stage, train_stage
+from capgap.pipeline.run import student_shape
+from capgap.prune import Method
+from capgap.recipe import Recipe, load, parse_count
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "stories.yaml"
+SPARSITIES = (0.3, 0.5, 0.7)
+
+
+def measure(tokens: int, seeds: int, place: Path) -> list[dict[str, Any]]:
+    """One row for each sparsity, score and seed: the run's record without its curve."""
+    recipe = load(RECIPE, Recipe, [f"distill.tokens={tokens}", "distill.evaluations=1"])
+    assert isinstance(recipe.teacher, str)
+    teacher = resolve_folder(recipe.teacher)
+    corpus = open_corpus(
+        recipe.data,
+        load_tokenizer(teacher),
+        place / "data",
+        held_out_tokens=recipe.evaluate.tokens,
+        train_tokens=tokens + 10_000,
+        quiet=True,
+    )
+    anatomy = anatomy_of(load_config(teacher))
+    rows = []
+    for sparsity in SPARSITIES:
+        shape = student_shape(recipe.student[0].model_copy(update={"scale": 1 - sparsity}), anatomy)
+        for method in get_args(Method):
+            for seed in range(seeds):
+                print(f"  {sparsity:.0%} cut, {method}, seed {seed}", file=sys.stderr, flush=True)
+                prune = recipe.prune.model_copy(update={"score": method, "seed": seed if method == "random" else 0})
+                name = f"{method} {prune.seed}"
+                scores = score_stage(teacher, corpus, prune, place / f"scores {name}", quiet=True)
+                pruned = cut_stage(teacher, scores, shape, prune, corpus, place / f"pruned {sparsity} {name}")
+                training = Training(
+                    f"{sparsity:.0%} cut, {method}, seed {seed}",
+                    "distill",
+                    pruned,
+                    recipe.distill.model_copy(update={"seed": seed}),
+                    place / f"run {sparsity} {method} {seed}",
+                    teachers=Teachers((teacher,), names=("t260k",)),
+                    student_name=f"s{1 - sparsity:.1f}x",
+                    start_name="t260k",
+                )
+                record = train_stage(training, corpus, quiet=True)
+                found = {"sparsity": sparsity, "score": method, "shape": str(shape), "recipe_file": "recipes/stories.yaml"}
+                rows.append(found | record.model_dump(mode="json", exclude={"curve"}))
+    return rows
+
+
+def report(rows: Sequence[dict[str, Any]]) -> None:
+    def spread(row_of: dict[str, Any], key: str) -> str:
+        found = [row[key] for row in rows if all(row[k] == v for k, v in row_of.items())]
+        return f"{statistics.mean(found):.4f} ({min(found):.4f} to {max(found):.4f})"
+
+    table = []
+    for sparsity in SPARSITIES:
+        for method in get_args(Method):
+            of = {"sparsity": sparsity, "score": method}
+            table.append([f"{sparsity:.0%}", method, spread(of, "start_loss"), spread(of, "loss")])
+    seeds = len(rows) // len(table)
+    title = f"Held-out nats per token, {seeds} seeds: mean (lowest to highest); {rows[0]['tokens']:,} tokens of distillation"
+    print_table(title, ["cut", "score", "after pruning", "after distillation"], table)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains, prints a table, writes the files that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=parse_count, default=200_000, help="of each run")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one seed, few tokens: whether it runs")
+    parser.add_argument("--json", type=Path, help="write all rows here")
+    parser.add_argument("--records", type=Path, help="write them here too, one a line")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.tokens, args.seeds = 10_000, 1
+    with tempfile.TemporaryDirectory(prefix="pruning-scores-") as place:
+        rows = measure(args.tokens, args.seeds, Path(place))
+    report(rows)
+    if args.records is not None:
+        args.records.parent.mkdir(parents=True, exist_ok=True)
+        args.records.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_results(args.json, {"machine": machine(default_device()), "threads": torch.get_num_threads(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
