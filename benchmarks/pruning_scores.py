@@ -65,7 +65,8 @@ def measure(tokens: int, seeds: int, place: Path) -> list[dict[str, Any]]:
                     start_name="t260k",
                 )
                 record = train_stage(training, corpus, quiet=True)
-                found = {"sparsity": sparsity, "score": method, "shape": str(shape), "recipe_file": "recipes/stories.yaml"}
+                found = {"sparsity": sparsity, "score": method, "shape": str(shape)}
+                found |= {"recipe_file": f"recipes/{RECIPE.name}"}
                 rows.append(found | record.model_dump(mode="json", exclude={"curve"}))
     return rows
 
@@ -80,8 +81,10 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
         for method in get_args(Method):
             of = {"sparsity": sparsity, "score": method}
             table.append([f"{sparsity:.0%}", method, spread(of, "start_loss"), spread(of, "loss")])
-    seeds = len(rows) // len(table)
-    title = f"Held-out nats per token, {seeds} seeds: mean (lowest to highest); {rows[0]['tokens']:,} tokens of distillation"
+    title = (
+        f"Held-out nats per token, {len(rows) // len(table)} seeds: mean (lowest to highest); "
+        f"{rows[0]['tokens']:,} tokens of distillation"
+    )
     print_table(title, ["cut", "score", "after pruning", "after distillation"], table)
 
 

@@ -151,3 +151,13 @@ def test_a_mixture_of_teachers_online_and_cached(tmp_path, test_data):
     record = json.loads((tmp_path / "mixed/distilled/record.json").read_text())
     assert record["teacher"].startswith("0.75 ")
     assert record["teacher_scale"] is None
+
+
+def test_a_student_of_other_scores_and_layers(tmp_path, test_data):
+    words = ["prune.score=activation", "prune.layers=influence", "student={scale: 0.5x, layers: 3}", *SHORT]
+    done = capgap_here("prune", str(RECIPE), *words, cwd=tmp_path, data=test_data)
+    assert done.returncode == 0, done.stderr
+    lineage = json.loads((tmp_path / "runs/stories/pruned/capgap.json").read_text())
+    assert lineage["inputs"]["shape"].startswith("3 layers")
+    assert lineage["inputs"]["prune"]["score"] == "activation"
+    assert json.loads((tmp_path / "runs/stories/scores/capgap.json").read_text())["inputs"]["score"] == "activation"

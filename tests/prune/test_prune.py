@@ -71,7 +71,8 @@ def test_the_magnitude_of_what_is_cut_is_what_the_weights_lose(kind):
 
 
 def gates(model, expert: int) -> list[float]:
-    return [float(p[expert].detach().square().sum()) for name, p in model.named_parameters() if name.endswith("mlp.gate.weight")]
+    routers = [p.detach() for name, p in model.named_parameters() if name.endswith("mlp.gate.weight")]
+    return [float(router[expert].square().sum()) for router in routers]
 
 
 def test_activations_are_those_of_the_neurons():
@@ -120,7 +121,7 @@ def test_layers_that_change_little_are_dropped():
     assert select(scores, Shape(3, 32, 2, 48), layers="influence").layers == (0, 2, 4)
     assert select(scores, Shape(3, 32, 2, 48), layers="contiguous").layers == (0, 3, 4)
     assert select(scores, Shape(5, 32, 2, 48), layers="contiguous").layers == (0, 1, 2, 3, 4)
-    with pytest.raises(ShapeError, match="were compared"):
+    with pytest.raises(ShapeError, match="layers were compared"):
         select(Scores(*scores_of_three()), Shape(2, 32, 2, 48), layers="influence")
 
 

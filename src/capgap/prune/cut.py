@@ -81,7 +81,7 @@ def _layers(scores: Scores, count: int, choice: LayerChoice) -> tuple[int, ...]:
     if choice == "even":
         return tuple(round(x) for x in torch.linspace(0, have - 1, count).tolist())
     if scores.similarity is None:
-        raise ShapeError(f"prune.layers = {choice} needs scores in which the layers were compared; score the model anew")
+        raise ShapeError(f"prune.layers = {choice} needs scores in which layers were compared; score the model anew")
     if choice == "influence":
         return tuple(_best(-scores.similarity.diagonal(1), count).tolist())
     first = int(scores.similarity.diagonal(have - count).argmax())
