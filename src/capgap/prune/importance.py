@@ -89,8 +89,7 @@ def _activations(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor) -> dict[
     seen: dict[str, list[Tensor]] = {}
     hooks = []
 
-    def watch(name: str, key: str) -> None:
-        norm = modules[name].weight.dim() == 1  # type: ignore[union-attr]
+    def watch(name: str, key: str, norm: bool) -> None:
 
         def take(_m: nn.Module, args: tuple, out: Tensor | None = None) -> None:
             activation = (out if norm and out is not None else args[0]).detach().float()
@@ -101,13 +100,14 @@ def _activations(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor) -> dict[
         module = modules[name]
         hooks.append(module.register_forward_hook(take) if norm else module.register_forward_pre_hook(take))
 
-    for axis, key in ((HIDDEN, "hidden"), (Q, "kv_heads"), (NEURON, "neurons")):
+    watched: tuple[tuple[Axis, str], ...] = ((HIDDEN, "hidden"), (Q, "kv_heads"), (NEURON, "neurons"))
+    for axis, key in watched:
         for row in table.masks[axis]:
             for layer in range(layers):
                 if (name := f"{table.layers_at}.{layer}.{row}") in modules:
-                    watch(name, key if axis == HIDDEN else f"{key}.{layer}")
+                    watch(name, key if axis == HIDDEN else f"{key}.{layer}", len(table.row(row).axes) == 1)
             if row in modules:
-                watch(row, key)
+                watch(row, key, len(table.row(row).axes) == 1)
     try:
         hidden_states(model, ids[:, :-1])
     finally:
@@ -144,14 +144,17 @@ def _compared_layers(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Calla
         states[place] = functional.normalize(state.detach().flatten(0, 1)[:_TOKENS_COMPARED].float(), dim=-1)
 
     def before(place: int) -> Callable[..., None]:
-        return lambda _m, args, kwargs: keep(place, args[0] if args else kwargs["hidden_states"])
+        def take(_m: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> None:
+            keep(place, args[0] if args else kwargs["hidden_states"])
 
-    hooks = [layer.register_forward_pre_hook(before(i), with_kwargs=True) for i, layer in enumerate(layers)]
-    hooks.append(
-        layers[-1].register_forward_hook(
-            lambda _m, _x, out: keep(len(layers), out[0] if isinstance(out, tuple) else out)
-        )
-    )
+        return take
+
+    hooks: list[Any] = [layer.register_forward_pre_hook(before(i), with_kwargs=True) for i, layer in enumerate(layers)]
+
+    def after(_m: nn.Module, _args: tuple, out: Any) -> None:
+        keep(len(layers), out[0] if isinstance(out, tuple) else out)
+
+    hooks.append(layers[-1].register_forward_hook(after))
 
     def similarity() -> Tensor:
         states_LTH = torch.stack([states[place] for place in range(len(layers) + 1)])
