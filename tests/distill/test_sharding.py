@@ -79,7 +79,10 @@ def test_a_killed_process_is_restarted_and_resumes_by_itself(alone, tmp_path):
     check_same(tmp_path, alone)
 
 
-@pytest.mark.parametrize(("processes", "parallel"), [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize(
+    ("processes", "parallel"),
+    [(1, "ddp"), pytest.param(2, "ddp", marks=pytest.mark.slow), pytest.param(2, "fsdp", marks=pytest.mark.slow)],
+)
 def test_a_checkpoint_written_beside_the_training_is_that_of_its_step(alone, tmp_path, processes, parallel):
     more = ("log_every=1", f"parallel={parallel}")
     run(tmp_path, *more, "stop_at=29", "checkpoint_every=0.01", "async_checkpoints=true", processes=processes)

@@ -107,6 +107,7 @@ def test_students_of_one_teacher_and_seed_are_claimed_together(tmp_path):
         assert one.student != other.student
 
 
+@pytest.mark.slow
 def test_students_side_by_side_come_out_as_each_does_alone(tmp_path):
     spec = small(students=demo_spec(full=False).students[:2])
     expected = {r.run: r.loss for r in run_study(spec, tmp_path / "alone", quiet=True)}
@@ -144,6 +145,7 @@ def _study(folder):
     run_study(small(), folder, workers=2, quiet=True)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_and_every_trial_is_recorded_once(tmp_path):
     context = multiprocessing.get_context("spawn")
     for seconds in (9, 14):
