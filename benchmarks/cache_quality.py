@@ -7,27 +7,21 @@ the test data (see CONTRIBUTING.md).
     python benchmarks/cache_quality.py --tokens 400k --seeds 5 --records studies/cache/records.jsonl
 """
 
-import argparse
-import json
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from _measure import machine, print_table, write_results
+from _measure import print_table
+from _stories import RECIPE, open_stories, run
 from capgap.anatomy import anatomy_of
-from capgap.data import load_tokenizer
-from capgap.models import default_device, load_config, resolve_folder
-from capgap.pipeline import Teachers, Training, cache_stage, cut_stage, open_corpus, score_stage, train_stage
+from capgap.models import load_config
+from capgap.pipeline import Teachers, Training, cache_stage, cut_stage, score_stage, train_stage
 from capgap.pipeline.run import student_shape
-from capgap.recipe import Cache, Recipe, load, parse_count
+from capgap.recipe import Cache
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "stories.yaml"
 WAYS: dict[str, Cache | None] = {
     "no teacher": None,
     "online": None,
@@ -41,17 +35,7 @@ WAYS: dict[str, Cache | None] = {
 
 def measure(tokens: int, seeds: int, place: Path) -> list[dict[str, Any]]:
     """One row for each way and seed: the cache, its bytes per token, and the run's record without its curve."""
-    recipe = load(RECIPE, Recipe, [f"distill.tokens={tokens}", "distill.evaluations=1"])
-    assert isinstance(recipe.teacher, str)
-    teacher = resolve_folder(recipe.teacher)
-    corpus = open_corpus(
-        recipe.data,
-        load_tokenizer(teacher),
-        place / "data",
-        held_out_tokens=recipe.evaluate.tokens,
-        train_tokens=tokens + 10_000,
-        quiet=True,
-    )
+    recipe, teacher, corpus = open_stories(tokens, place)
     teachers = Teachers((teacher,), names=("t260k",))
     shape = student_shape(recipe.student[0], anatomy_of(load_config(teacher)))
     scores = score_stage(teacher, corpus, recipe.prune, place / "scores", quiet=True)
@@ -108,22 +92,7 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains, prints a table, writes the files that were asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=parse_count, default=200_000, help="of each run")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="one seed, few tokens: whether it runs")
-    parser.add_argument("--json", type=Path, help="write all rows here")
-    parser.add_argument("--records", type=Path, help="write them here too, one a line")
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.tokens, args.seeds = 10_000, 1
-    with tempfile.TemporaryDirectory(prefix="cache-quality-") as place:
-        rows = measure(args.tokens, args.seeds, Path(place))
-    report(rows)
-    if args.records is not None:
-        args.records.parent.mkdir(parents=True, exist_ok=True)
-        args.records.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    write_results(args.json, {"machine": machine(default_device()), "threads": torch.get_num_threads(), "rows": rows})
+    run(__doc__, measure, report, argv)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -78,24 +79,18 @@ class Anatomy:
         Args:
             present: the names of the parameters that a model of this config has, those shared once.
         """
+        # Of each kind of dimensions, in the trunk or in one layer, how many there are.
+        counts: Counter[tuple[bool, tuple[Dimension, ...]]] = Counter()
+        for name in present:
+            _, layer, axes = self.table.match(name)
+            if layer in (None, 0):
+                counts[layer is not None, axes] += 1
         sizes = self.sizes(shape)
         total: Any = 0
-        for (in_layers, axes), count in self._products(tuple(present)).items():
+        for (in_layers, axes), count in counts.items():
             product = count * math.prod(length(axis, sizes) for axis in axes)
             total = total + product * (shape.layers if in_layers else 1)
         return total
-
-    def _products(self, present: tuple[str, ...]) -> dict[tuple[bool, tuple[Dimension, ...]], int]:
-        """How many parameters there are of each kind of dimensions, in the trunk and in one layer."""
-        if getattr(self, "_counted", (None,))[0] != present:
-            counts: dict[tuple[bool, tuple[Dimension, ...]], int] = {}
-            for name in present:
-                _, layer, axes = self.table.match(name)
-                if layer in (None, 0):
-                    key = (layer is not None, axes)
-                    counts[key] = counts.get(key, 0) + 1
-            self._counted: tuple[Any, Any] = present, counts
-        return self._counted[1]
 
     def config_at(self, shape: Shape, kept_layers: Sequence[int] | None = None) -> PretrainedConfig:
         """The config of a model of another shape.

@@ -90,7 +90,6 @@ def _activations(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor) -> dict[
     hooks = []
 
     def watch(name: str, key: str, norm: bool) -> None:
-
         def take(_m: nn.Module, args: tuple, out: Tensor | None = None) -> None:
             activation = (out if norm and out is not None else args[0]).detach().float()
             if key.startswith("kv_heads"):
@@ -103,11 +102,12 @@ def _activations(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor) -> dict[
     watched: tuple[tuple[Axis, str], ...] = ((HIDDEN, "hidden"), (Q, "kv_heads"), (NEURON, "neurons"))
     for axis, key in watched:
         for row in table.masks[axis]:
+            norm = len(table.row(row).axes) == 1
             for layer in range(layers):
                 if (name := f"{table.layers_at}.{layer}.{row}") in modules:
-                    watch(name, key if axis == HIDDEN else f"{key}.{layer}", len(table.row(row).axes) == 1)
+                    watch(name, key if axis == HIDDEN else f"{key}.{layer}", norm)
             if row in modules:
-                watch(row, key, len(table.row(row).axes) == 1)
+                watch(row, key, norm)
     try:
         hidden_states(model, ids[:, :-1])
     finally:
