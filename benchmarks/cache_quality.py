@@ -18,7 +18,7 @@ from _measure import print_table
 from _stories import RECIPE, open_stories, run
 from capgap.anatomy import anatomy_of
 from capgap.models import load_config
-from capgap.pipeline import Teachers, Training, cache_stage, cut_stage, score_stage, train_stage
+from capgap.pipeline import Teachers, Training, cache_stage, prune_stage, train_stage
 from capgap.pipeline.run import student_shape
 from capgap.recipe import Cache
 
@@ -38,8 +38,7 @@ def measure(tokens: int, seeds: int, place: Path) -> list[dict[str, Any]]:
     recipe, teacher, corpus = open_stories(tokens, place)
     teachers = Teachers((teacher,), names=("t260k",))
     shape = student_shape(recipe.student[0], anatomy_of(load_config(teacher)))
-    scores = score_stage(teacher, corpus, recipe.prune, place / "scores", quiet=True)
-    pruned = cut_stage(teacher, scores, shape, recipe.prune, corpus, place / "pruned")
+    pruned = prune_stage(teacher, shape, recipe.prune, corpus, place / "pruned", scores=place / "scores", quiet=True)
     bytes_per_token = {
         name: cache_stage(teachers, corpus, cache, recipe.distill, place / name, quiet=True).bytes_per_token
         for name, cache in WAYS.items()

@@ -16,7 +16,7 @@ from _measure import print_table
 from _stories import RECIPE, open_stories, run
 from capgap.anatomy import anatomy_of
 from capgap.models import load_config
-from capgap.pipeline import Teachers, Training, cut_stage, score_stage, train_stage
+from capgap.pipeline import Teachers, Training, prune_stage, train_stage
 from capgap.pipeline.run import student_shape
 from capgap.prune import Method
 
@@ -35,8 +35,8 @@ def measure(tokens: int, seeds: int, place: Path) -> list[dict[str, Any]]:
                 print(f"  {sparsity:.0%} cut, {method}, seed {seed}", file=sys.stderr, flush=True)
                 prune = recipe.prune.model_copy(update={"score": method, "seed": seed if method == "random" else 0})
                 name = f"{method} {prune.seed}"
-                scores = score_stage(teacher, corpus, prune, place / f"scores {name}", quiet=True)
-                pruned = cut_stage(teacher, scores, shape, prune, corpus, place / f"pruned {sparsity} {name}")
+                folders = {"scores": place / f"scores {name}", "quiet": True}
+                pruned = prune_stage(teacher, shape, prune, corpus, place / f"pruned {sparsity} {name}", **folders)
                 training = Training(
                     f"{sparsity:.0%} cut, {method}, seed {seed}",
                     "distill",

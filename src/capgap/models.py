@@ -5,7 +5,7 @@ import os
 import warnings
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from capgap.errors import ModelError
 from capgap.files import LINEAGE, atomic_folder, hash_file, write_json
 
+SHARD_BYTES = 5 * 10**9
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -52,12 +53,14 @@ def load_config(ref: str | Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:
-        raise ModelError(f"{folder / 'config.json'}: not a usable model config: {_first_line(error)}") from None
+        raise ModelError(f"{folder / 'config.json'}: not a usable model config: {first_line(error)}") from None
 
 
-def load_model(ref: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_model(ref: str | Path, *, dtype: torch.dtype | Literal["auto"] = torch.float32) -> PreTrainedModel:
     """A causal language model, every weight present and finite.
 
+    Args:
+        dtype: `auto` for the checkpoint's own.
     Raises: ModelError that names the folder, and the file or weight that is missing, damaged or not finite.
     """
     folder = resolve_folder(ref)
@@ -72,7 +75,7 @@ def load_model(ref: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTra
             )
             model, info = loaded
     except Exception as error:
-        raise ModelError(f"{folder}: the weights could not be loaded: {_first_line(error)}") from None
+        raise ModelError(f"{folder}: the weights could not be loaded: {first_line(error)}") from None
     for kind, say in (("missing_keys", "has no weight"), ("mismatched_keys", "has a wrong shape for")):
         if info.get(kind):
             first = sorted(str(key) for key in info[kind])[0]
@@ -91,10 +94,11 @@ def _check_shards(folder: Path) -> None:
             with safe_open(file, framework="pt") as opened:
                 opened.keys()
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file}: damaged or cut off ({_first_line(error)}); fetch or save it again") from None
+            raise ModelError(f"{file}: damaged or cut off ({first_line(error)}); fetch or save it again") from None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, without the lines that follow."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -124,6 +128,12 @@ def new_model(config: PretrainedConfig, *, seed: int) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
+def bare_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A model of this config without any weights, on the meta device."""
+    with torch.device("meta"), quiet_transformers():
+        return AutoModelForCausalLM.from_config(config)
+
+
 def save_model(
     model: PreTrainedModel,
     folder: Path,
@@ -131,15 +141,17 @@ def save_model(
     tokenizer: Any,
     lineage: dict[str, Any],
     weights: dict[str, Tensor] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a plain Hugging Face folder with tokenizer and lineage, whole or not at all.
 
     Args:
+        shard_bytes: no file of weights is larger, but for one that holds a single weight.
         weights: by name, where the model itself holds only shards of them.
     """
     with atomic_folder(folder) as beside:
         with quiet_transformers():
-            model.save_pretrained(beside, state_dict=weights)
+            model.save_pretrained(beside, state_dict=weights, max_shard_size=shard_bytes)
             if tokenizer is not None:
                 tokenizer.save_pretrained(beside)
         write_json(beside / LINEAGE, lineage)

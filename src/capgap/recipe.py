@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -122,26 +122,43 @@ class Data(Section):
     tokenizer: str | None = None
 
 
-class Student(Section):
-    """The student: a scale (with the layers and experts kept), or an explicit shape, and the model it is cut from."""
+class Cut(Section):
+    """What a cut makes: a scale (with the layers and experts kept), or an explicit shape."""
 
-    name: Annotated[str | None, Field(pattern=r"^\w[\w.-]*$")] = None
     scale: Scale | None = None
     layers: Count | None = None
     hidden: Count | None = None
     kv_heads: Count | None = None
     neurons: Count | None = None
     experts: Count | None = None
-    start: Annotated[ModelRef | None, Field(alias="from")] = None
+    prefer: Literal["width", "depth", "even"] = "width"
+    limits: dict[Literal["layers", "hidden", "kv_heads", "neurons"], tuple[Count, Count]] = Field(default={})
 
     @model_validator(mode="after")
-    def _scale_or_shape(self) -> "Student":
+    def _scale_or_shape(self) -> Self:
         shape = [name for name in ("hidden", "kv_heads", "neurons") if getattr(self, name) is not None]
         if self.scale is not None and shape:
             raise ValueError(f"give a scale or an explicit shape, not both; found scale and {', '.join(shape)}")
         if self.scale is None and not shape and self.layers is None and self.experts is None:
             raise ValueError("give a scale (3B, 0.4x) or a shape (layers, hidden, kv_heads, neurons, experts)")
+        for name, (low, high) in self.limits.items():
+            if low > high:
+                raise ValueError(f"limits.{name} = [{low}, {high}] must name the lowest first")
         return self
+
+
+class Stop(Cut):
+    """A larger student on the way, distilled before it is cut again."""
+
+    tokens: Count | None = None
+
+
+class Student(Cut):
+    """The student: its scale or shape, the model it is cut from, and larger students on the way."""
+
+    name: Annotated[str | None, Field(pattern=r"^\w[\w.-]*$")] = None
+    start: Annotated[ModelRef | None, Field(alias="from")] = None
+    via: list[Stop] = Field(default=[])
 
 
 Students = Annotated[list[Student], BeforeValidator(_as_list), Field(min_length=1)]
@@ -152,7 +169,12 @@ class Prune(Section):
 
     score: Literal["expressiveness", "activation", "magnitude", "random"] = "expressiveness"
     calibration_tokens: Count = 524_288
-    layers: Literal["symmetric", "even", "influence", "contiguous"] = "symmetric"
+    calibration_batch: Count = 1
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    offload: bool = False
+    layers: Literal["symmetric", "even", "influence", "contiguous", "loss", "block_loss"] = "symmetric"
+    repair: Literal["none", "norms", "outputs", "all"] = "all"
+    repair_tokens: Count = 65_536
     seed: Annotated[int, Field(ge=0)] = 0
 
 

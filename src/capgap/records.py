@@ -22,6 +22,7 @@ class RunRecord(BaseModel):
         student, teacher, start: names of the models; teacher and start are None where the run has none.
         student_scale, teacher_scale, start_scale: their parameter counts.
         tokens: tokens trained on.
+        tokens_before: that the larger students on its way were trained on, where it was cut in stages.
         loss: held-out nats per token at the end.
         start_loss: held-out nats per token before the first step (directly after pruning).
         bits_per_byte: the same in bits per byte of text.
@@ -40,6 +41,7 @@ class RunRecord(BaseModel):
     start: str | None = None
     start_scale: int | None = None
     tokens: int
+    tokens_before: int = 0
     seed: int
     loss: FiniteFloat
     start_loss: float | None = None

@@ -9,12 +9,13 @@ from capgap.distill.loop import Stopped, train, train_together
 from capgap.distill.objective import Objective
 from capgap.distill.processes import (
     first_process_first,
+    first_process_says,
     is_first_process,
     rank_and_world,
     sum_over_processes,
     wait_for_all,
 )
-from capgap.distill.sharding import whole_weights
+from capgap.distill.sharding import bfloat16_wanted, shard, whole_weights
 from capgap.distill.teacher import OnlineTeacher, Teacher
 
 __all__ = [
@@ -29,10 +30,13 @@ __all__ = [
     "Sums",
     "Teacher",
     "Trained",
+    "bfloat16_wanted",
     "first_process_first",
+    "first_process_says",
     "fused_loss",
     "is_first_process",
     "rank_and_world",
+    "shard",
     "sum_over_processes",
     "train",
     "train_together",

@@ -183,7 +183,7 @@ def _labelled(ids: Tensor, unscored_id: int | None) -> tuple[Tensor, Tensor]:
 
 
 def _autocast(settings: Train, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16_wanted(settings, device))
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16_wanted(settings.precision, device))
 
 
 class _Stop:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
@@ -37,6 +38,14 @@ def rank_and_world() -> tuple[int, int]:
         atexit.register(_leave)
         _waiting_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     return dist.get_rank(), dist.get_world_size()
+
+
+def join_alone() -> None:
+    """Makes a group of this process alone, where there is none; offloading to CPU memory needs one."""
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        atexit.register(_leave)
 
 
 def _of_this_start(store: Store) -> Store:

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from capgap.distill.objective import Objective
-from capgap.distill.processes import rank_and_world, release_when_leaving
+from capgap.distill.processes import join_alone, rank_and_world, release_when_leaving
 from capgap.distill.teacher import OnlineTeacher
 from capgap.errors import RecipeError
 from capgap.recipe import Train
@@ -33,7 +33,7 @@ def place_student(objective: Objective, settings: Train, device: torch.device) -
     if settings.compile is True:
         for layer in _layers(objective.student):
             layer.compile()
-    _shard(objective.student, objective, settings, device, OffloadPolicy())
+    _shard(objective.student, objective, _mixed(settings, device), _mesh(settings, device), device, OffloadPolicy())
     return objective
 
 
@@ -47,7 +47,21 @@ def place_teacher(teacher: OnlineTeacher, settings: Train, device: torch.device)
         return
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if settings.teacher_offload else OffloadPolicy()
     for body in teacher.bodies:
-        _shard(body.model, body, settings, device, offload)
+        _shard(body.model, body, _mixed(settings, device), _mesh(settings, device), device, offload)
+
+
+def shard(
+    model: PreTrainedModel, root: nn.Module, settings: Train | None, device: torch.device, *, offload: bool
+) -> None:
+    """Splits a model over the processes, or keeps it in shards of one process, in the precision that it has.
+
+    Args:
+        root: the module that is called, of which `model` is a part.
+        settings: `parallel` and `shard_size` are read.
+        offload: weights and gradients lie in CPU memory, and are on the device only while they are used.
+    """
+    policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+    _shard(model, root, MixedPrecisionPolicy(), _mesh(settings, device), device, policy)
 
 
 def set_gradient_sync(model: nn.Module, wanted: bool) -> None:
@@ -64,19 +78,24 @@ def _layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _shard(
-    model: PreTrainedModel, root: nn.Module, settings: Train, device: torch.device, offload: OffloadPolicy
+    model: PreTrainedModel,
+    root: nn.Module,
+    mixed: MixedPrecisionPolicy,
+    mesh: DeviceMesh,
+    device: torch.device,
+    offload: OffloadPolicy,
 ) -> None:
     if not isinstance(offload, CPUOffloadPolicy):
         root.to(device)
-    mixed = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if bfloat16_wanted(settings, device) and device.type == "cuda" else None,
-        reduce_dtype=torch.float32,
-    )
-    mesh = _mesh(settings, device)
     for layer in _layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=mixed, offload_policy=offload)
     # The root's own weights (embeddings, last norm, head) stay whole from its forward on: the head is read after it.
     fully_shard(root, mesh=mesh, mp_policy=mixed, offload_policy=offload, reshard_after_forward=False)
+
+
+def _mixed(settings: Train, device: torch.device) -> MixedPrecisionPolicy:
+    half = bfloat16_wanted(settings.precision, device) and device.type == "cuda"
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32)
 
 
 def whole_weights(student: PreTrainedModel) -> dict[str, Tensor] | None:
@@ -87,16 +106,17 @@ def whole_weights(student: PreTrainedModel) -> dict[str, Tensor] | None:
     return get_model_state_dict(student, options=options)  # pyright: ignore[reportReturnType]
 
 
-def bfloat16_wanted(settings: Train, device: torch.device) -> bool:
+def bfloat16_wanted(precision: str, device: torch.device) -> bool:
     """Whether activations are bfloat16: as asked for, or by `auto` where the device has it."""
     has_it = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return settings.precision == "bfloat16" or (settings.precision == "auto" and has_it)
+    return precision == "bfloat16" or (precision == "auto" and has_it)
 
 
-def _mesh(settings: Train, device: torch.device) -> DeviceMesh:
+def _mesh(settings: Train | None, device: torch.device) -> DeviceMesh:
+    join_alone()
     world = dist.get_world_size()
     sizes, names = (world,), ("shard",)
-    if settings.parallel == "hsdp":
+    if settings is not None and settings.parallel == "hsdp":
         within = settings.shard_size or (torch.cuda.device_count() if device.type == "cuda" else world)
         if world % within:
             raise RecipeError(

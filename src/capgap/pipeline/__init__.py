@@ -1,8 +1,9 @@
 """Stages of a run: each reads folders, writes one folder, and is skipped where that came from the same inputs."""
 
 from capgap.pipeline.caching import cache_stage
+from capgap.pipeline.pruning import prune_stage
 from capgap.pipeline.run import RunResult, Stage, run_pretrain, run_recipe
-from capgap.pipeline.stages import Corpus, cut_stage, open_corpus, score_model_stage, score_stage, versions
+from capgap.pipeline.stages import Corpus, open_corpus, score_model_stage, versions
 from capgap.pipeline.teachers import Teachers
 from capgap.pipeline.training import Training, train_stage, train_stages
 
@@ -13,12 +14,11 @@ __all__ = [
     "Teachers",
     "Training",
     "cache_stage",
-    "cut_stage",
     "open_corpus",
+    "prune_stage",
     "run_pretrain",
     "run_recipe",
     "score_model_stage",
-    "score_stage",
     "train_stage",
     "train_stages",
     "versions",

@@ -41,7 +41,7 @@ def cache_stage(
     }
     if "teacher" not in facts:  # no weights are there to complete a cache with
         return distill.CachedTeacher.open(folder, facts)
-    half = bfloat16_wanted(settings, device)
+    half = bfloat16_wanted(settings.precision, device)
 
     def load() -> distill.OnlineTeacher:
         teachers.check(corpus)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,13 +14,14 @@ from capgap.distill.processes import first_process_says
 from capgap.errors import RecipeError
 from capgap.models import load_config, resolve_folder
 from capgap.pipeline.caching import cache_stage
-from capgap.pipeline.stages import Corpus, cut_stage, open_corpus, score_model_stage, score_stage
+from capgap.pipeline.pruning import prune_stage
+from capgap.pipeline.stages import Corpus, open_corpus, score_model_stage
 from capgap.pipeline.teachers import Teachers
 from capgap.pipeline.training import Training, train_stage, train_stages
 from capgap.plan import resolve
 from capgap.progress import say
 from capgap.prune import solve_shape
-from capgap.recipe import PretrainRecipe, Recipe, Student
+from capgap.recipe import Cut, PretrainRecipe, Recipe
 from capgap.records import RunRecord
 
 Stage = Literal["pack", "prune", "cache", "distil", "evaluate"]
@@ -43,8 +44,17 @@ class RunResult:
 
 
 @dataclass(frozen=True)
+class _Stop:
+    """A cut: of what shape, in what folder; and on how many tokens it is distilled before it is cut again."""
+
+    place: Path
+    shape: Shape
+    tokens: int
+
+
+@dataclass(frozen=True)
 class _Planned:
-    """A student that is to be made: where, of what shape, cut from what."""
+    """A student that is to be made: where, of what shape, cut from what, by way of what."""
 
     name: str
     place: Path
@@ -53,6 +63,7 @@ class _Planned:
     start: Path
     start_scale: int
     scores: Path
+    stops: tuple[_Stop, ...]
 
 
 def run_recipe(recipe: Recipe, *, until: Stage = "evaluate", quiet: bool = False) -> RunResult:
@@ -80,17 +91,9 @@ def run_recipe(recipe: Recipe, *, until: Stage = "evaluate", quiet: bool = False
     if until == "pack":
         return RunResult([output / "data"])
 
-    def prune() -> list[Path]:
-        cut = []
-        for student in students:
-            scores = score_stage(student.start, corpus, recipe.prune, student.scores, quiet=quiet)
-            place = student.place / "pruned"
-            cut.append(cut_stage(student.start, scores, student.shape, recipe.prune, corpus, place))
-        return cut
-
-    pruned = first_process_first(prune)
+    pruned = [_pruned(student, recipe, corpus, teachers, quiet=quiet) for student in students]
     if until == "prune":
-        return RunResult(pruned)
+        return RunResult([folder for folder, _ in pruned])
     cache = None
     if recipe.cache is not None:
         cache = Path(recipe.cache.folder or output / "cache")
@@ -110,14 +113,46 @@ def run_recipe(recipe: Recipe, *, until: Stage = "evaluate", quiet: bool = False
             student_name=student.name,
             start_name=student.start_ref,
             start_scale=student.start_scale,
+            tokens_before=tokens_before,
         )
-        for student, initial in zip(students, pruned, strict=True)
+        for student, (initial, tokens_before) in zip(students, pruned, strict=True)
     ]
     records = train_stages(trainings, corpus, quiet=quiet)
     trained = [training.folder / "model" for training in trainings]
     if until == "distil":
         return RunResult(trained, records)
     return RunResult(trained, records, first_process_first(lambda: _teacher_losses(teachers, corpus, output, quiet)))
+
+
+def _pruned(student: _Planned, recipe: Recipe, corpus: Corpus, teachers: Teachers, *, quiet: bool) -> tuple[Path, int]:
+    """The student before its training, cut from its start, or from the last of the larger students on its way; and
+    on how many tokens those were trained."""
+    start, scores, settings, tokens = student.start, student.scores, recipe.distill, 0
+
+    def cut(shape: Shape, folder: Path) -> Path:
+        def work() -> Path:
+            more = {"scores": scores, "parallel": settings, "quiet": quiet}
+            return prune_stage(start, shape, recipe.prune, corpus, folder, **more)
+
+        return first_process_first(work) if settings.parallel == "ddp" else work()
+
+    for number, stop in enumerate(student.stops, start=1):
+        initial = cut(stop.shape, stop.place / "pruned")
+        training = Training(
+            run=f"{stop.place.parent.parent.name}/via/{number}",
+            kind="distill",
+            initial=initial,
+            # Other batches than those that come after.
+            settings=settings.model_copy(update={"tokens": stop.tokens, "seed": settings.seed + number}),
+            folder=stop.place / "distilled",
+            teachers=teachers,
+            student_name=f"{student.name}-via-{number}",
+            start_name=student.start_ref,
+            start_scale=student.start_scale,
+        )
+        tokens += train_stage(training, corpus, quiet=quiet).tokens
+        start, scores = training.folder / "model", stop.place / "scores"
+    return cut(student.shape, student.place / "pruned"), tokens
 
 
 def _planned(recipe: Recipe, output: Path, teacher: str, scale: int | None) -> list[_Planned]:
@@ -129,17 +164,24 @@ def _planned(recipe: Recipe, output: Path, teacher: str, scale: int | None) -> l
         start = first_process_first(lambda ref=start_ref: resolve_folder(ref))
         first_start = first_start or start
         config = load_config(start)
-        anatomy = anatomy_of(config)
-        shape = student_shape(student, anatomy)
-        parameters = count_parameters(anatomy.config_at(shape, range(shape.layers))).total
+        anatomy, whole = anatomy_of(config), count_parameters(config).total
+        shapes = []
+        for cut in (*student.via, student):
+            shapes.append(student_shape(cut, anatomy, whole=whole))
+            anatomy = anatomy_of(anatomy.config_at(shapes[-1], range(shapes[-1].layers)))
+        *on_the_way, shape = shapes
+        parameters = count_parameters(anatomy.config).total
         name = student.name or f"s{format_count(parameters)}"
         if name in planned:
             raise RecipeError(f"student.{index}: there is a student {name} before it; give this one another name")
         place = output if len(recipe.student) == 1 else output / "students" / name
         # One pass of scoring serves all students that are cut from one model.
         scores = (output if start == first_start else place) / "scores"
-        start_scale = count_parameters(config).total
-        planned[name] = _Planned(name, place, shape, start_ref, start, start_scale, scores)
+        stops = tuple(
+            _Stop(place / "via" / str(number), between, stop.tokens or recipe.distill.tokens)
+            for number, (stop, between) in enumerate(zip(student.via, on_the_way, strict=True), start=1)
+        )
+        planned[name] = _Planned(name, place, shape, start_ref, start, whole, scores, stops)
     return list(planned.values())
 
 
@@ -167,14 +209,18 @@ def _open(recipe: Recipe | PretrainRecipe, tokenizer: PreTrainedTokenizerBase, *
     return first_process_first(lambda: open_corpus(recipe.data, tokenizer, place, held_out_tokens=tokens, quiet=quiet))
 
 
-def student_shape(student: Student, anatomy: Anatomy) -> Shape:
-    """The shape that a recipe's student asks for, cut from a model of this anatomy."""
+def student_shape(cut: Cut, anatomy: Anatomy, *, whole: int | None = None) -> Shape:
+    """The shape that a recipe's student asks for, cut from a model of this anatomy.
+
+    Args:
+        whole: parameters of the model that fractions are of; those of the model that is cut where None.
+    """
     full = anatomy.shape
-    if student.experts is not None and full.experts is None:
-        raise RecipeError(f"student.experts = {student.experts}, but the model it is cut from has no experts")
-    if student.scale is None:
+    if cut.experts is not None and full.experts is None:
+        raise RecipeError(f"student.experts = {cut.experts}, but the model it is cut from has no experts")
+    if cut.scale is None:
         names = ("layers", "hidden", "kv_heads", "neurons", "experts")
-        shape = with_fields(full, **{name: getattr(student, name) for name in names})
+        shape = with_fields(full, **{name: getattr(cut, name) for name in names})
         for name in names:
             if (getattr(shape, name) or 0) > (getattr(full, name) or 0):
                 raise RecipeError(
@@ -183,7 +229,22 @@ def student_shape(student: Student, anatomy: Anatomy) -> Shape:
                 )
         anatomy.config_at(shape, range(shape.layers))
         return shape
-    total = count_parameters(anatomy.config).total
-    target = round(student.scale * total) if isinstance(student.scale, float) else student.scale
-    multiple = 64 if full.hidden >= 1024 else 1
-    return solve_shape(anatomy, target, layers=student.layers, experts=student.experts, multiple=multiple)
+    return solve_shape(anatomy, target_of(cut, anatomy, whole), **solver_options(cut, anatomy))
+
+
+def target_of(cut: Cut, anatomy: Anatomy, whole: int | None = None) -> int:
+    """The parameters that a scale asks for."""
+    assert cut.scale is not None
+    whole = whole or count_parameters(anatomy.config).total
+    return round(cut.scale * whole) if isinstance(cut.scale, float) else cut.scale
+
+
+def solver_options(cut: Cut, anatomy: Anatomy) -> dict[str, Any]:
+    """What a recipe's student asks of the solver, by its argument names."""
+    return {
+        "layers": cut.layers,
+        "experts": cut.experts,
+        "prefer": cut.prefer,
+        "limits": cut.limits,
+        "multiple": 64 if anatomy.shape.hidden >= 1024 else 1,
+    }

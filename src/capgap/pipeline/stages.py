@@ -1,22 +1,18 @@
 """The stages. A stage's folder holds capgap.json; equal inputs there mean that its work is done."""
 
 import platform
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from capgap import evaluate
-from capgap.anatomy import Shape, anatomy_of
-from capgap.data import Batches, PackedTokens, pack
+from capgap.data import PackedTokens, pack
 from capgap.files import LINEAGE, hash_of, read_json, read_lineage, write_json
-from capgap.models import default_device, hash_model, load_model, save_model
-from capgap.prune import Scores, cut_model, score, select
-from capgap.recipe import Data, Prune
+from capgap.models import default_device, hash_model, load_model
+from capgap.recipe import Data
 
 
 @dataclass(frozen=True)
@@ -70,61 +66,6 @@ def is_done(folder: Path, inputs: Any) -> bool:
 def lineage_of(stage: str, inputs: Any, **more: Any) -> dict[str, Any]:
     """What a stage's capgap.json holds."""
     return {"stage": stage, "inputs": inputs, "inputs_hash": hash_of(inputs), "versions": versions(), **more}
-
-
-def score_stage(start: Path, corpus: Corpus, settings: Prune, folder: Path, *, quiet: bool = False) -> Scores:
-    """The start's scores, one pass for all its students."""
-    inputs = {
-        "start": hash_model(start),
-        "data": corpus.hash,
-        "score": settings.score,
-        "seed": settings.seed,
-        "tokens": settings.calibration_tokens,
-    }
-    if is_done(folder, inputs):
-        return Scores.load(folder / "scores.safetensors")
-    model = load_model(start).to(default_device())  # pyright: ignore[reportArgumentType]
-    rows = max(1, 4096 // corpus.block)
-    available = sum(source.blocks(corpus.block) for source in corpus.train.sources)
-    count = max(1, min(settings.calibration_tokens // corpus.block, available) // rows)
-    batches = Batches(corpus.train, block=corpus.block, blocks_per_step=rows, seed=0)
-
-    def calibration() -> Iterator[torch.Tensor]:
-        yield from (batches.batch(i) for i in range(count))
-
-    scores = score(
-        model,
-        anatomy_of(model.config),
-        calibration(),
-        method=settings.score,
-        seed=settings.seed,
-        total=count,
-        quiet=quiet,
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    scores.save(folder / "scores.safetensors")
-    write_json(folder / LINEAGE, lineage_of("score", inputs))
-    return scores
-
-
-def cut_stage(start: Path, scores: Scores, shape: Shape, settings: Prune, corpus: Corpus, folder: Path) -> Path:
-    """Cuts a student of `shape` out of `start` into `folder`, a plain Hugging Face folder."""
-    inputs = {
-        "start": hash_model(start),
-        "shape": str(shape),
-        "prune": settings.model_dump(mode="json"),
-        "data": corpus.hash,
-    }
-    if not is_done(folder, inputs):
-        model = load_model(start)
-        student = cut_model(model, anatomy_of(model.config), select(scores, shape, layers=settings.layers))
-        save_model(
-            student,
-            folder,
-            tokenizer=corpus.tokenizer,
-            lineage=lineage_of("prune", inputs, parents={"start": str(start)}),
-        )
-    return folder
 
 
 def score_model_stage(model: Path, corpus: Corpus, folder: Path, *, quiet: bool = False) -> float:

@@ -35,6 +35,7 @@ class Training:
         cache: folder of what the teachers said; their weights are then not read.
         student_name, start_name: for the record.
         start_scale: parameters of the model that the student was cut from.
+        tokens_before: that the larger students on its way were trained on.
     """
 
     run: str
@@ -47,6 +48,7 @@ class Training:
     student_name: str = "student"
     start_name: str | None = None
     start_scale: int | None = None
+    tokens_before: int = 0
 
 
 def train_stage(training: Training, corpus: Corpus, *, quiet: bool = False) -> RunRecord:
@@ -165,6 +167,7 @@ def _keep(
         start=training.start_name,
         start_scale=training.start_scale,
         tokens=trained.tokens,
+        tokens_before=training.tokens_before,
         seed=settings.seed,
         loss=trained.score.loss,
         start_loss=trained.start_loss,

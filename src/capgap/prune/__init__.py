@@ -1,8 +1,27 @@
 """Cuts a student out of a pretrained model."""
 
 from capgap.prune.cut import Keep, LayerChoice, cut_model, select
-from capgap.prune.importance import Method, score
+from capgap.prune.importance import Method, Place, Probe, losses_without, score
+from capgap.prune.repair import Repair, repair
 from capgap.prune.scores import Scores
-from capgap.prune.shape import solve_shape
+from capgap.prune.shape import Preference, list_shapes, solve_shape
+from capgap.prune.stream import cut_folder
 
-__all__ = ["Keep", "LayerChoice", "Method", "Scores", "cut_model", "score", "select", "solve_shape"]
+__all__ = [
+    "Keep",
+    "LayerChoice",
+    "Method",
+    "Place",
+    "Preference",
+    "Probe",
+    "Repair",
+    "Scores",
+    "cut_folder",
+    "cut_model",
+    "list_shapes",
+    "losses_without",
+    "repair",
+    "score",
+    "select",
+    "solve_shape",
+]

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from capgap.anatomy import EXPERT, HIDDEN, KV, NEURON, Anatomy, Dimension, Grouped, Q, Shape, length
+from capgap.anatomy import EXPERT, HIDDEN, KV, NEURON, Anatomy, Dimension, Grouped, Q, Shape, Weight, length
 from capgap.errors import ShapeError
 from capgap.models import new_model
 from capgap.prune.scores import Scores
 
-LayerChoice = Literal["symmetric", "even", "influence", "contiguous"]
+LayerChoice = Literal["symmetric", "even", "influence", "contiguous", "loss", "block_loss"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Keep:
         return Shape(len(self.layers), len(self.hidden), len(self.kv_heads[0]), neurons, experts)
 
 
-def select(scores: Scores, shape: Shape, *, layers: LayerChoice = "symmetric") -> Keep:
+def select(scores: Scores, shape: Shape, *, layers: LayerChoice = "symmetric", losses: Tensor | None = None) -> Keep:
     """The best-scored parts that fill `shape`.
 
     Args:
@@ -50,7 +50,9 @@ def select(scores: Scores, shape: Shape, *, layers: LayerChoice = "symmetric") -
             (the paper's way), one more at the top if odd; `even` spreads what stays, first and last included;
             `influence` drops the layers that change the hidden state least (Men et al. 2024, arXiv:2403.03853);
             `contiguous` drops those between the two places where it is most alike (Gromov et al. 2024,
-            arXiv:2403.17887).
+            arXiv:2403.17887); `loss` those without which, one at a time, the loss is least; `block_loss` those in a
+            row without which it is least.
+        losses: for the last two, what `losses_without` gave for blocks of one layer, and of as many as are dropped.
     Raises: ShapeError if the shape asks for more than there is, or the layers were not compared.
     """
     have = scores.shape
@@ -60,7 +62,7 @@ def select(scores: Scores, shape: Shape, *, layers: LayerChoice = "symmetric") -
             continue
         if asked is None or there is None or not 1 <= asked <= there:
             raise ShapeError(f"student.{name} = {asked} cannot be cut from a model with {name} = {there}")
-    kept = _layers(scores, shape.layers, layers)
+    kept = _layers(scores, shape.layers, layers, losses)
     experts = None
     if scores.experts is not None and shape.experts is not None:
         experts = tuple(_best(scores.experts[i], shape.experts) for i in kept)
@@ -73,13 +75,21 @@ def select(scores: Scores, shape: Shape, *, layers: LayerChoice = "symmetric") -
     )
 
 
-def _layers(scores: Scores, count: int, choice: LayerChoice) -> tuple[int, ...]:
+def _layers(scores: Scores, count: int, choice: LayerChoice, losses: Tensor | None) -> tuple[int, ...]:
     have = len(scores.kv_heads)
     if choice == "symmetric":
         first = (have - count) // 2
         return tuple(range(first, first + count))
     if choice == "even":
         return tuple(round(x) for x in torch.linspace(0, have - 1, count).tolist())
+    if choice in ("loss", "block_loss"):
+        blocks = have if choice == "loss" else count + 1
+        if losses is None or len(losses) != blocks:
+            raise ShapeError(f"prune.layers = {choice} needs the {blocks} losses without layers; measure them")
+        if choice == "loss":
+            return tuple(_best(losses, count).tolist())
+        first = int(losses.argmin())
+        return (*range(first), *range(first + have - count, have))
     if scores.similarity is None:
         raise ShapeError(f"prune.layers = {choice} needs scores in which layers were compared; score the model anew")
     if choice == "influence":
@@ -103,7 +113,7 @@ def cut_model(model: PreTrainedModel, anatomy: Anatomy, keep: Keep) -> PreTraine
     Raises: ShapeError if the installed transformers refuses the shape.
     """
     student = new_model(anatomy.config_at(keep.shape, keep.layers), seed=0)
-    table, cutter = anatomy.table, _Cutter(anatomy, keep)
+    table, cutter = anatomy.table, Cutter(anatomy, keep)
     weights = model.state_dict()
     cut: dict[str, Tensor] = {}
     for name in student.state_dict():
@@ -112,8 +122,7 @@ def cut_model(model: PreTrainedModel, anatomy: Anatomy, keep: Keep) -> PreTraine
         if layer is not None:
             source = name.replace(f"{table.layers_at}.{layer}.", f"{table.layers_at}.{keep.layers[layer]}.", 1)
         cut[name] = cutter.cut(weights[source], axes, layer)
-        if table.scaled_embedding and (row.name == table.final_norm or axes == table.row(table.embedding).axes):
-            cut[name] = _rescaled(cut[name], row.name, anatomy, len(keep.hidden), model)
+        cut[name] = rescaled(cut[name], row, axes, anatomy, keep)
     student.load_state_dict(cut, strict=True)
     if model.generation_config is not None:
         student.generation_config = model.generation_config
@@ -121,37 +130,42 @@ def cut_model(model: PreTrainedModel, anatomy: Anatomy, keep: Keep) -> PreTraine
     return student
 
 
-def _rescaled(weight: Tensor, row: str, anatomy: Anatomy, hidden: int, model: PreTrainedModel) -> Tensor:
-    """The embedding (and a head tied to it) grown by what its factor shrinks; the last norm shrunk where tied."""
-    table, grown = anatomy.table, math.sqrt(anatomy.shape.hidden / hidden)
-    tied = model.config.tie_word_embeddings
-    if row == table.final_norm:
-        return (weight + table.norm_offset) / grown - table.norm_offset if tied else weight
-    return weight * grown if row == table.embedding or tied else weight
+def rescaled(weight: Tensor, row: Weight, axes: tuple[Dimension, ...], anatomy: Anatomy, keep: Keep) -> Tensor:
+    """The weight that was cut; where embeddings are multiplied by the square root of the hidden size, the embedding
+    (and a head tied to it) grown by what its factor shrinks, and the last norm shrunk where it is tied."""
+    table, tied = anatomy.table, anatomy.config.tie_word_embeddings
+    if not table.scaled_embedding:
+        return weight
+    grown = math.sqrt(anatomy.shape.hidden / len(keep.hidden))
+    if row.name == table.final_norm and tied:
+        return (weight + table.norm_offset) / grown - table.norm_offset
+    if row.name == table.embedding or (tied and axes == table.row(table.embedding).axes):
+        return weight * grown
+    return weight
 
 
-class _Cutter:
+class Cutter:
     """What of each dimension stays, as indices."""
 
     def __init__(self, anatomy: Anatomy, keep: Keep):
         self.anatomy, self.keep, self.sizes = anatomy, keep, anatomy.sizes()
 
-    def cut(self, tensor: Tensor, axes: tuple[Dimension, ...], layer: int | None) -> Tensor:
-        """The part of a weight that stays."""
+    def cut(self, tensor: Tensor, axes: tuple[Dimension, ...], layer: int | None, expert: int | None = None) -> Tensor:
+        """The part of a weight that stays; of all experts', or of one's."""
         if axes[0] == EXPERT and self.keep.experts is not None and layer is not None:
             # Each expert keeps neurons of its own.
             rest = axes[1:]
             experts = self.keep.experts[layer].tolist()
             return torch.stack([self._cut(tensor[i], rest, layer, expert=i) for i in experts])
-        return self._cut(tensor, axes, layer)
+        return self._cut(tensor, axes, layer, expert)
 
     def _cut(self, tensor: Tensor, axes: tuple[Dimension, ...], layer: int | None, expert: int | None = None) -> Tensor:
         for dim, axis in enumerate(axes):
-            if (index := self._index(axis, layer, expert)) is not None:
+            if (index := self.index(axis, layer, expert)) is not None:
                 tensor = tensor.index_select(dim, index.to(tensor.device))
         return tensor
 
-    def _index(self, axis: Dimension, layer: int | None, expert: int | None) -> Tensor | None:
+    def index(self, axis: Dimension, layer: int | None, expert: int | None = None) -> Tensor | None:
         """The places that stay, or None where all do."""
         if isinstance(axis, Grouped) and layer is not None:
             return self._heads(length(axis, self.sizes), layer)
@@ -159,7 +173,7 @@ class _Cutter:
             found, at = [], 0
             for part in axis.parts:
                 whole = torch.arange(self.sizes[part])
-                index = self._index(part, layer, expert)
+                index = self.index(part, layer, expert)
                 found.append(at + (whole if index is None else index))
                 at += self.sizes[part]
             return torch.cat(found)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -20,6 +21,29 @@ Method = Literal["expressiveness", "activation", "magnitude", "random"]
 _TOKENS_COMPARED = 512
 
 
+class Probe(nn.Module):
+    """A model as it is scored: ids [B, L + 1] to the mean cross-entropy in nats, or, without labels, through its body
+    only. It is what is called, so that it can be the root of a model in shards."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, *, loss: bool) -> Tensor:
+        """The loss, a scalar; or the last hidden states [B, L, H]."""
+        if not loss:
+            return hidden_states(self.model, ids[:, :-1])
+        return sum_cross_entropy(self.model, ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
+
+
+Place = Callable[[Probe], torch.device]
+
+
+def on_its_device(probe: Probe) -> torch.device:
+    """Leaves a model where it is; the device that its inputs must be on."""
+    return probe.model.device
+
+
 def score(
     model: PreTrainedModel,
     anatomy: Anatomy,
@@ -27,6 +51,7 @@ def score(
     *,
     method: Method = "expressiveness",
     seed: int = 0,
+    place: Place = on_its_device,
     total: int | None = None,
     quiet: bool = False,
 ) -> Scores:
@@ -38,6 +63,8 @@ def score(
             scored; `activation`, the L2 norm over sequences of the mean over their tokens of |activation|;
             `magnitude`, the L2 norm of all weights that go with it; `random`.
         seed: of `random`.
+        place: brings the model to its device, or in shards to the devices of several processes, and says what
+            device its inputs must be on. All processes are given the same batches.
         total: how many batches there are, for the progress shown.
     Returns: the scores, float32 on the CPU.
     Raises: DataError if there is no batch; ModelError for the activations of a mixture of experts.
@@ -51,13 +78,14 @@ def score(
         )
     wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.eval().requires_grad_(method == "expressiveness")
+    probe = Probe(model)
+    device = place(probe)
     sums: dict[str, Tensor] = {}
     count = 0
     with Bar("scoring", total, quiet=quiet) as bar, torch.set_grad_enabled(method == "expressiveness"):
         for count, ids in enumerate(batches, start=1):
-            ids = ids.to(model.device)
             with _compared_layers(model, anatomy) as similarity:
-                found = _METHODS[method](model, anatomy, ids)
+                found = _METHODS[method](probe, anatomy, ids.to(device))
             for name, part in (found | {"similarity": similarity()}).items():
                 sums[name] = sums.get(name, 0) + part
             bar.to(count)
@@ -76,16 +104,16 @@ def score(
     return Scores(**{n: normalised(part.float().cpu()) for n, part in sums.items()}, similarity=similarity_LL)
 
 
-def _expressiveness(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor) -> dict[str, Tensor]:
-    model.zero_grad(set_to_none=True)
-    (sum_cross_entropy(model, ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()).backward()
-    return {name: gradient.abs() for name, gradient in mask_gradients(model, anatomy).items()}
+def _expressiveness(probe: Probe, anatomy: Anatomy, ids: Tensor) -> dict[str, Tensor]:
+    probe.zero_grad(set_to_none=True)
+    probe(ids, loss=True).backward()
+    return {name: gradient.abs() for name, gradient in mask_gradients(probe.model, anatomy).items()}
 
 
-def _activations(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor) -> dict[str, Tensor]:
+def _activations(probe: Probe, anatomy: Anatomy, ids: Tensor) -> dict[str, Tensor]:
     """Summed over sequences, the squared mean over tokens of |activation|; of a key-value group, its vector's norm."""
     table, layers = anatomy.table, anatomy.shape.layers
-    modules = dict(model.named_modules())
+    modules = dict(probe.model.named_modules())
     seen: dict[str, list[Tensor]] = {}
     hooks = []
 
@@ -109,7 +137,7 @@ def _activations(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor) -> dict[
             if row in modules:
                 watch(row, key, norm)
     try:
-        hidden_states(model, ids[:, :-1])
+        probe(ids, loss=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -119,13 +147,13 @@ def _activations(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor) -> dict[
     return found
 
 
-def _nothing(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor) -> dict[str, Tensor]:
+def _nothing(probe: Probe, anatomy: Anatomy, ids: Tensor) -> dict[str, Tensor]:
     """A forward pass for what is seen of the layers."""
-    hidden_states(model, ids[:, :-1])
+    probe(ids, loss=False)
     return {}
 
 
-_METHODS: dict[Method, Callable[[PreTrainedModel, Anatomy, Tensor], dict[str, Tensor]]] = {
+_METHODS: dict[Method, Callable[[Probe, Anatomy, Tensor], dict[str, Tensor]]] = {
     "expressiveness": _expressiveness,
     "activation": _activations,
     "magnitude": _nothing,
@@ -167,6 +195,50 @@ def _compared_layers(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Calla
             hook.remove()
 
 
+@torch.no_grad()
+def losses_without(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    batches: Iterable[Tensor],
+    *,
+    block: int = 1,
+    place: Place = on_its_device,
+    total: int | None = None,
+    quiet: bool = False,
+) -> Tensor:
+    """The loss without layer 0 to `block - 1`, without layer 1 to `block`, and so on: [layers - block + 1], in nats.
+
+    Args:
+        batches: ids [B, L + 1] each.
+        block: how many layers in a row are left out.
+        place, total: as for `score`.
+    Source: layers by the loss without them: Kim et al. 2024, arXiv:2402.02834; Sreenivas et al. 2024,
+        arXiv:2408.11796, for blocks.
+    """
+    probe = Probe(model.eval())
+    device = place(probe)
+    modules = dict(model.named_modules())
+    layers = [modules[f"{anatomy.table.layers_at}.{i}"] for i in range(anatomy.shape.layers)]
+    losses, count = torch.zeros(len(layers) - block + 1), 0
+    with Bar("leaving out layers", None if total is None else total * len(losses), quiet=quiet) as bar:
+        for count, ids in enumerate(batches, start=1):
+            for first in range(len(losses)):
+                hooks = [layer.register_forward_hook(_pass_on, with_kwargs=True) for layer in layers[first:][:block]]
+                losses[first] += probe(ids.to(device), loss=True).cpu()
+                for hook in hooks:
+                    hook.remove()
+                bar.to((count - 1) * len(losses) + first + 1)
+    if count == 0:
+        raise DataError("no calibration text: the losses need at least one block")
+    return losses / count
+
+
+def _pass_on(_m: nn.Module, args: tuple, kwargs: dict[str, Tensor], out: Any) -> Any:
+    """A layer's input in the place of its output."""
+    state = args[0] if args else kwargs["hidden_states"]
+    return (state, *out[1:]) if isinstance(out, tuple) else state
+
+
 def magnitudes(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, Tensor]:
     """The L2 norm of all weights (not biases or norms) that go with each hidden dimension, key-value group, neuron
     and expert, as Scores has them."""
@@ -196,7 +268,7 @@ def magnitudes(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, Tensor]:
         _, layer, axes = anatomy.table.match(name)
         if parameter.dim() < 2:
             continue
-        square = parameter.detach().float().square()
+        square = whole(parameter.detach()).to(device).float().square()
         for dim, dimension in enumerate(axes):
             parts = {dimension} if isinstance(dimension, str) else set(dimension.parts)
             if HIDDEN in parts:
@@ -221,6 +293,11 @@ def _random(anatomy: Anatomy, seed: int) -> dict[str, Tensor]:
     return {name: torch.rand(size, generator=generator) for name, size in sizes.items()}
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, put together where the processes hold shards of it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def mask_gradients(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, Tensor]:
     """dL/dmask at mask = 1 from the gradients that `model` holds: hidden [H], kv_heads [layers, groups],
     neurons [layers, N]; with experts neurons [layers, E, N] and experts [layers, E].
@@ -242,7 +319,7 @@ def mask_gradients(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, Tensor
         if norm and bias is not None and bias.grad is not None:  # a norm's mask is on all of its output
             both = both + bias.detach() * bias.grad
         others = [dim for dim, found in enumerate(row.axes) if found not in (axis, EXPERT)]
-        return both.sum(others) if others else both
+        return whole(both.sum(others, dtype=torch.float32) if others else both.float())
 
     def in_layer(axis: Axis, layer: int) -> Tensor:
         of_layer = {row.name for row in table.layer}

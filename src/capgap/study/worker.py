@@ -17,7 +17,7 @@ from capgap.data import documents, load_tokenizer, train_tokenizer
 from capgap.errors import CapgapError, StudyError
 from capgap.files import atomic_folder, hash_of, read_json, write_json
 from capgap.models import load_config
-from capgap.pipeline import Corpus, Teachers, Training, cut_stage, open_corpus, score_stage, train_stages
+from capgap.pipeline import Corpus, Teachers, Training, open_corpus, prune_stage, train_stages
 from capgap.progress import say
 from capgap.records import RunRecord
 from capgap.study.grid import StudySpec, Trial, trials_of
@@ -164,8 +164,8 @@ def _training(spec: StudySpec, trial: Trial, corpus: Corpus, folder: Path) -> Tr
 
 
 def _pruned(spec: StudySpec, start: Path, shape: Shape, corpus: Corpus, folder: Path, name: str) -> Path:
-    scores = score_stage(start, corpus, spec.prune, start.parent / "scores", quiet=True)
-    return cut_stage(start, scores, shape, spec.prune, corpus, folder / "pruned" / name)
+    place = folder / "pruned" / name
+    return prune_stage(start, shape, spec.prune, corpus, place, scores=start.parent / "scores", quiet=True)
 
 
 def _member_folder(folder: Path, name: str) -> Path:
