@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from capgap import distill
-from capgap.anatomy import Anatomy, Shape, anatomy_of
+from capgap.anatomy import Anatomy, Q, Shape, anatomy_of
 from capgap.data import Batches
-from capgap.errors import DataError
+from capgap.errors import DataError, RecipeError
 from capgap.files import LINEAGE, read_json, write_json
 from capgap.models import default_device, hash_model, load_model, save_model
 from capgap.pipeline.stages import Corpus, is_done, lineage_of
@@ -67,7 +67,10 @@ class _Pruning:
     def __init__(self, start: Path, settings: Prune, corpus: Corpus, parallel: Train | None, quiet: bool):
         self.start, self.settings, self.corpus, self.quiet = start, settings, corpus, quiet
         self.parallel = parallel
-        self.together = parallel is not None and parallel.parallel != "ddp" and distill.rank_and_world()[1] > 1
+        several = distill.rank_and_world()[1] > 1
+        self.together = several and parallel is not None and parallel.parallel != "ddp"
+        if settings.offload and several and not self.together:
+            raise RecipeError("prune.offload = true under torchrun needs distill.parallel = fsdp or hsdp")
         self.device = default_device()
         half = distill.bfloat16_wanted(settings.precision, self.device)
         self.dtype = torch.bfloat16 if half else torch.float32
@@ -104,7 +107,7 @@ class _Pruning:
         batches = Batches(self.corpus.train, block=self.corpus.block, blocks_per_step=rows, seed=0)
         available = sum(source.blocks(self.corpus.block) for source in self.corpus.train.sources)
         blocks = min(tokens // self.corpus.block, available)
-        if available < rows:
+        if rows > available:
             raise DataError(
                 f"prune.calibration_batch = {rows}, but the training text has only {available} blocks of "
                 f"{self.corpus.block} tokens"
@@ -165,8 +168,10 @@ class _Pruning:
         dtype = student.dtype
         student = student.float()
         model, anatomy = self.loaded()
-        rows = max(1, 4096 // self.corpus.block)
-        batches = self.calibration(self.settings.repair_tokens, rows)
+        # More tokens for each input of the widest layer change little (docs/performance.md).
+        widest = max(keep.shape.neurons, keep.shape.hidden, anatomy.sizes(keep.shape)[Q])
+        tokens = min(self.settings.repair_tokens, 64 * widest)
+        batches = self.calibration(tokens, max(1, min(tokens, 4096) // self.corpus.block))
         repair(student, model, anatomy, keep, batches, what=self.settings.repair, place=self.place, quiet=self.quiet)
 
         def write() -> None:

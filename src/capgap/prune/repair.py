@@ -109,7 +109,8 @@ class _Stack:
 
         def take(name: str) -> Callable[..., None]:
             def hook(_m: nn.Module, args: tuple, out: Tensor) -> None:
-                seen[name] = (args[0].flatten(0, -2).float(), out.flatten(0, -2).float())
+                # A copy: Falcon adds to the output in place.
+                seen[name] = (args[0].flatten(0, -2).float(), out.flatten(0, -2).float().clone())
 
             return hook
 
