@@ -1,5 +1,6 @@
 """Which parts are chosen, and the shapes that are found; that the cut itself is right is proved in tests/anatomy."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from capgap.anatomy import Shape, anatomy_of
 from capgap.cost import count_parameters
 from capgap.errors import ModelError, ShapeError
 from capgap.plan.families import family_names, load_family
-from capgap.prune import Keep, Scores, cut_model, score, select, solve_shape
+from capgap.prune import Keep, Scores, cut_model, list_shapes, losses_without, score, select, solve_shape
 from capgap.prune.importance import magnitudes
 from tiny import ALL, ids, tiny_config, tiny_model
 
@@ -125,6 +126,36 @@ def test_layers_that_change_little_are_dropped():
         select(Scores(*scores_of_three()), Shape(2, 32, 2, 48), layers="influence")
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "falcon", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize("block", [1, 2])
+def test_the_loss_without_layers_is_that_of_a_model_cut_there(kind, block):
+    model = tiny_model(kind)
+    anatomy = anatomy_of(model.config)
+    batches = [ids(seed=1), ids(seed=2)]
+    found = losses_without(model, anatomy, batches, block=block, quiet=True)
+    keep = whole(model)
+    for first in range(4 - block):
+        kept = [i for i in range(3) if not first <= i < first + block]
+        cut = Keep(tuple(kept), keep.hidden, *((part[0],) * len(kept) for part in (keep.kv_heads, keep.neurons)))
+        student = cut_model(model, anatomy, cut).eval()
+        losses = [
+            torch.nn.functional.cross_entropy(student(b[:, :-1]).logits.flatten(0, 1), b[:, 1:].flatten())
+            for b in batches
+        ]
+        torch.testing.assert_close(found[first], torch.stack(losses).mean(), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_are_chosen_by_losses():
+    scores = Scores(torch.rand(32), torch.rand(5, 2), torch.rand(5, 48))
+    shape = Shape(3, 32, 2, 48)
+    losses = torch.tensor([9.0, 2.0, 5.0, 3.0, 8.0])
+    assert select(scores, shape, layers="loss", losses=losses).layers == (0, 2, 4)
+    assert select(scores, shape, layers="block_loss", losses=losses[:4]).layers == (0, 3, 4)
+    with pytest.raises(ShapeError, match="needs the 4 losses"):
+        select(scores, shape, layers="block_loss", losses=losses)
+
+
 def scores_of_three() -> tuple[torch.Tensor, ...]:
     return torch.rand(32), torch.rand(3, 2), torch.rand(3, 48)
 
@@ -194,6 +225,55 @@ def test_minima_is_found_in_llama2_7b():
     minima = Shape(24, 3072, 24, 8192)
     target = count_parameters(anatomy.config_at(minima, range(24))).total
     assert solve_shape(anatomy, target, layers=24, multiple=64) == minima
+
+
+def test_layers_may_go_first_or_at_the_rate_of_the_widths():
+    family = load_family("llama-2")
+    anatomy = anatomy_of(family.config_of(family.members[0]))
+    target = count_parameters(anatomy.config_at(Shape(24, 3072, 24, 8192), range(24))).total
+    assert solve_shape(anatomy, target, multiple=64, prefer="even") == Shape(24, 3072, 24, 8192)
+    wide, deep = (solve_shape(anatomy, target, multiple=64, prefer=way) for way in ("width", "depth"))
+    assert wide.layers == 32
+    assert deep == Shape(13, 4096, 32, 11008)
+    for shape in (wide, deep):
+        assert abs(count_parameters(anatomy.config_at(shape, range(shape.layers))).total - target) <= 0.01 * target
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    share=st.floats(0.4, 0.9),
+    low=st.integers(8, 20),
+    least=st.integers(1000, 2500),
+    way=st.sampled_from(["width", "depth", "even"]),
+)
+def test_limits_are_kept(share, low, least, way):
+    family = load_family("llama-3")
+    anatomy = anatomy_of(family.config_of(family.members[0]))
+    target = round(share * count_parameters(anatomy.config).total)
+    limits = {"layers": (low, 24), "hidden": (least, 4096), "neurons": (2048, 8192)}
+    shape = None
+    with contextlib.suppress(ShapeError):  # where the limits leave no room
+        shape = solve_shape(anatomy, target, multiple=64, prefer=way, limits=limits)
+    if shape is None:
+        return
+    assert low <= shape.layers <= 24
+    assert least <= shape.hidden <= 4096
+    assert 2048 <= shape.neurons <= 8192
+    assert abs(count_parameters(anatomy.config_at(shape, range(shape.layers))).total - target) <= 0.01 * target
+
+
+def test_limits_without_room_are_named():
+    with pytest.raises(ShapeError, match=r"any number of layers, hidden from 30 to 32 comes within 1 %"):
+        solve_shape(anatomy_of(tiny_config()), 10_000, limits={"hidden": (30, 32)})
+
+
+def test_listed_shapes_have_different_numbers_of_layers_the_solved_one_first():
+    anatomy = anatomy_of(tiny_config(layers=6))
+    target = round(0.5 * count_parameters(anatomy.config).total)
+    found = list_shapes(anatomy, target, count=4)
+    assert found[0] == solve_shape(anatomy, target)
+    assert len({shape.layers for shape in found}) == len(found) > 2
+    assert list_shapes(anatomy, target, count=1) == found[:1]
 
 
 def test_impossible_shapes_are_refused():

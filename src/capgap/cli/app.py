@@ -26,7 +26,21 @@ class _Commands(TyperGroup):
             sys.exit(0 if getattr(stop, "terminated", False) else 130)
 
 
-ORDER = ("plan", "pack", "pretrain", "prune", "cache", "distil", "eval", "run", "law", "study", "report", "demo")
+ORDER = (
+    "plan",
+    "pack",
+    "pretrain",
+    "shapes",
+    "prune",
+    "cache",
+    "distil",
+    "eval",
+    "run",
+    "law",
+    "study",
+    "report",
+    "demo",
+)
 
 app = typer.Typer(
     name="capgap",

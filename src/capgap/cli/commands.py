@@ -1,4 +1,4 @@
-"""plan, pack, pretrain, prune, cache, distil, eval, run, law, report, demo."""
+"""plan, pack, pretrain, shapes, prune, cache, distil, eval, run, law, report, demo."""
 
 import itertools
 from pathlib import Path
@@ -25,6 +25,7 @@ def register(app: typer.Typer) -> None:
         ("plan", plan),
         ("pack", pack),
         ("pretrain", pretrain),
+        ("shapes", shapes),
         ("prune", prune),
         ("cache", cache),
         ("distil", distil),
@@ -71,6 +72,37 @@ def plan(
 def pack(recipe: Recipe, overrides: Overrides = None) -> None:
     """Tokenises and packs a recipe's text. Example: capgap pack recipes/stories.yaml"""
     _show(_run(recipe, overrides, "pack"))
+
+
+def shapes(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    count: Annotated[int, typer.Option(min=1, help="How many shapes to cut and score.")] = 6,
+    tries: Annotated[int, typer.Option("--try", min=0, help="How many of the best to distil for a while.")] = 0,
+    tokens: Annotated[str | None, typer.Option(help="On how many tokens; a tenth of the recipe's.")] = None,
+) -> None:
+    """Compares shapes of a student's size. Example: capgap shapes recipes/stories.yaml --try 2 --tokens 100k"""
+    from rich.table import Table
+
+    from capgap.cost import format_bytes, format_count
+    from capgap.pipeline import compare_shapes
+    from capgap.recipe import Recipe as RecipeModel
+    from capgap.recipe import load
+
+    given = _count(tokens, "--tokens") if tokens else None
+    found = compare_shapes(load(recipe, RecipeModel, overrides or []), count=count, tries=tries, tokens=given)
+    table = Table()
+    for heading in ("layers", "hidden", "KV heads", "neurons", "size", "FLOPs", "cache", "cut", "tried"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in found:
+        sizes = (row.shape.layers, row.shape.hidden, row.shape.kv_heads, row.shape.neurons)
+        costs = (format_count(row.parameters), f"{row.flops:.2e}", format_bytes(row.cache_bytes))
+        losses = ("" if loss is None else f"{loss:.3f}" for loss in (row.cut_loss, row.tried_loss))
+        table.add_row(*map(str, sizes), *costs, *losses)
+    Console().print(table)
+    print("FLOPs: of training, a token. cache: keys and values, a token, in 16 bits.")
+    print("cut, tried: held-out nats per token, after the cut and after the short distillation.")
+    print(f"the best in a recipe: student: {found[0].recipe}")
 
 
 def prune(recipe: Recipe, overrides: Overrides = None) -> None:

@@ -87,7 +87,7 @@ def run_recipe(recipe: Recipe, *, until: Stage = "evaluate", quiet: bool = False
         say(f"plan: teacher {teachers.name}, start {student.start_ref}, student {student.name} of {student.shape}")
 
     tokenizer = load_tokenizer(recipe.data.tokenizer or folders[0])
-    corpus = _open(recipe, tokenizer, quiet=quiet)
+    corpus = open_recipe_corpus(recipe, tokenizer, quiet=quiet)
     if until == "pack":
         return RunResult([output / "data"])
 
@@ -198,13 +198,14 @@ def run_pretrain(recipe: PretrainRecipe, *, quiet: bool = False) -> RunResult:
     output = Path(recipe.output)
     config = load_config(recipe.model)
     tokenizer = load_tokenizer(recipe.data.tokenizer or resolve_folder(recipe.model))
-    corpus = _open(recipe, tokenizer, quiet=quiet)
+    corpus = open_recipe_corpus(recipe, tokenizer, quiet=quiet)
     name = f"t{format_count(count_parameters(config).total)}"
     training = Training(output.name, "pretrain", config, recipe.train, output, student_name=name)
     return RunResult([output / "model"], [train_stage(training, corpus, quiet=quiet)])
 
 
-def _open(recipe: Recipe | PretrainRecipe, tokenizer: PreTrainedTokenizerBase, *, quiet: bool) -> Corpus:
+def open_recipe_corpus(recipe: Recipe | PretrainRecipe, tokenizer: PreTrainedTokenizerBase, *, quiet: bool) -> Corpus:
+    """A recipe's text, packed below its output folder."""
     place, tokens = Path(recipe.output) / "data", recipe.evaluate.tokens
     return first_process_first(lambda: open_corpus(recipe.data, tokenizer, place, held_out_tokens=tokens, quiet=quiet))
 
