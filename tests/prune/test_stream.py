@@ -135,19 +135,21 @@ def test_an_incomplete_or_quantised_checkpoint_is_refused(start, tmp_path):
 
 
 PEAK = """
-import resource, sys, torch
+import re, sys, torch
 from pathlib import Path
 from capgap.anatomy import anatomy_of, Shape
 from capgap.models import load_config
 from capgap.prune import Scores, cut_folder, select
 start = Path(sys.argv[1])
+def peak():  # getrusage's would be that of the process which started this one
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 anatomy = anatomy_of(load_config(start))
 have = anatomy.shape
 scores = Scores(torch.rand(have.hidden), torch.rand(have.layers, have.kv_heads), torch.rand(have.layers, have.neurons))
 keep = select(scores, Shape(have.layers, have.hidden * 3 // 4, have.kv_heads * 3 // 4, have.neurons * 3 // 4))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 cut_folder(start, keep, start.parent / "student", tokenizer=None, lineage={}, quiet=True)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(peak() - before)
 """
 
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -144,6 +145,17 @@ def rescaled(weight: Tensor, row: Weight, axes: tuple[Dimension, ...], anatomy: 
     return weight
 
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _taken(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    """The places of a dimension; on the CPU by numpy, which takes a quarter of torch's time."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return tensor.index_select(dim, index.to(tensor.device))
+    bits = tensor.detach().view(_INTEGERS[tensor.element_size()]).numpy()
+    return torch.from_numpy(np.take(bits, index.numpy(), axis=dim)).view(tensor.dtype)
+
+
 class Cutter:
     """What of each dimension stays, as indices."""
 
@@ -162,7 +174,7 @@ class Cutter:
     def _cut(self, tensor: Tensor, axes: tuple[Dimension, ...], layer: int | None, expert: int | None = None) -> Tensor:
         for dim, axis in enumerate(axes):
             if (index := self.index(axis, layer, expert)) is not None:
-                tensor = tensor.index_select(dim, index.to(tensor.device))
+                tensor = _taken(tensor, dim, index)
         return tensor
 
     def index(self, axis: Dimension, layer: int | None, expert: int | None = None) -> Tensor | None:

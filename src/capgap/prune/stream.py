@@ -1,6 +1,7 @@
 """Cuts a student out of a checkpoint on disk, weight by weight, however large the checkpoint is."""
 
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -79,11 +80,12 @@ def cut_folder(
     cutter = Cutter(anatomy, keep)
     with atomic_folder(folder) as beside, Bar("cutting", len(kept), quiet=quiet) as bar:
         shards = _Shards(beside, shard_bytes)
-        file = kept[0].file
+        file = None
         for number, part in enumerate(kept, start=1):
             if part.file != file:
                 shards.flush()
                 file = part.file
+                _fetch_ahead(file)
             shards.add(_renamed(part, anatomy, keep), _cut(part, anatomy, cutter))
             bar.to(number)
         shards.finish()
@@ -227,9 +229,17 @@ def _cut(part: Stored, anatomy: Anatomy, cutter: Cutter) -> Tensor:
             raise ModelError(f"{part.file}: {part.name} cannot be read ({first_line(error)})") from None
     layer = None if part.layer is None else cutter.keep.layers.index(part.layer)
     cut = cutter.cut(whole, part.axes, layer, part.expert)
-    if not bool(torch.isfinite(cut).all()):
+    # The sum is not finite if one of them is not, and takes a fraction of isfinite's time.
+    if not bool(torch.isfinite(cut.sum(dtype=torch.float32))):
         raise ModelError(f"{part.file}: {part.name} holds NaN or infinite values; the model is unusable")
     return rescaled(cut, part.row, part.axes, anatomy, cutter.keep).contiguous()
+
+
+def _fetch_ahead(file: Path) -> None:
+    """Has the system read the file while others of its weights are cut, where it can be told so."""
+    if hasattr(os, "posix_fadvise"):
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 class _Shards:
