@@ -122,6 +122,32 @@ class Data(Section):
     tokenizer: str | None = None
 
 
+def parse_range(value: Any) -> tuple[int, int]:
+    """The lowest and the highest of something. Raises ValueError."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(f"{value!r} must be the lowest and the highest, such as [16, 32]")
+    low, high = map(parse_count, value)
+    if low > high:
+        raise ValueError(f"{value!r} must name the lowest first")
+    return low, high
+
+
+Range = Annotated[tuple[int, int], BeforeValidator(parse_range)]
+
+
+class Limits(Section):
+    """The lowest and the highest of each size that is looked at when a shape is solved for."""
+
+    layers: Range | None = None
+    hidden: Range | None = None
+    kv_heads: Range | None = None
+    neurons: Range | None = None
+
+    def given(self) -> dict[str, Range]:
+        """Those that there are."""
+        return {name: limits for name, limits in self if limits is not None}
+
+
 class Cut(Section):
     """What a cut makes: a scale (with the layers and experts kept), or an explicit shape."""
 
@@ -132,7 +158,7 @@ class Cut(Section):
     neurons: Count | None = None
     experts: Count | None = None
     prefer: Literal["width", "depth", "even"] = "width"
-    limits: dict[Literal["layers", "hidden", "kv_heads", "neurons"], tuple[Count, Count]] = Field(default={})
+    limits: Limits = Limits()
 
     @model_validator(mode="after")
     def _scale_or_shape(self) -> Self:
@@ -141,9 +167,6 @@ class Cut(Section):
             raise ValueError(f"give a scale or an explicit shape, not both; found scale and {', '.join(shape)}")
         if self.scale is None and not shape and self.layers is None and self.experts is None:
             raise ValueError("give a scale (3B, 0.4x) or a shape (layers, hidden, kv_heads, neurons, experts)")
-        for name, (low, high) in self.limits.items():
-            if low > high:
-                raise ValueError(f"limits.{name} = [{low}, {high}] must name the lowest first")
         return self
 
 

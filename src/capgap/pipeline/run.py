@@ -246,6 +246,6 @@ def solver_options(cut: Cut, anatomy: Anatomy) -> dict[str, Any]:
         "layers": cut.layers,
         "experts": cut.experts,
         "prefer": cut.prefer,
-        "limits": cut.limits,
+        "limits": cut.limits.given(),
         "multiple": 64 if anatomy.shape.hidden >= 1024 else 1,
     }
