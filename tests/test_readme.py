@@ -22,7 +22,7 @@ from capgap.study import StudySpec
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-RECIPES = dict.fromkeys(("pack", "prune", "cache", "distil", "run"), Recipe) | {"pretrain": PretrainRecipe}
+RECIPES = dict.fromkeys(("pack", "shapes", "prune", "cache", "distil", "run"), Recipe) | {"pretrain": PretrainRecipe}
 RUN_FOR_REAL = ("plan", "law", "report")
 
 
