@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import typer
@@ -176,7 +177,9 @@ def test_recipe(tmp_path, page, block):
         load(tmp_path / "recipe.yaml", Recipe)
         return
     for key, value in tree.items():
-        TypeAdapter(Recipe.model_fields[key].annotation).validate_python(value)
+        field = Recipe.model_fields[key]
+        whole = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+        TypeAdapter(whole).validate_python(value)
 
 
 def test_the_recipe_in_the_readme_is_the_one_it_runs(tmp_path):

@@ -158,24 +158,35 @@ class _Pruning:
     def cut(self, keep: Keep, folder: Path, inputs: dict[str, Any]) -> None:
         """Writes the student, repaired where that is asked for."""
         lineage = lineage_of("prune", inputs, parents={"start": str(self.start)})
-        repaired = self.settings.repair != "none"
-        place = folder.with_name(f".{folder.name}.cut.tmp") if repaired else folder
         tokenizer = self.corpus.tokenizer
-        self.write(lambda: cut_folder(self.start, keep, place, tokenizer=tokenizer, lineage=lineage, quiet=self.quiet))
-        if not repaired:
+
+        def cut_to(place: Path) -> None:
+            self.write(
+                lambda: cut_folder(self.start, keep, place, tokenizer=tokenizer, lineage=lineage, quiet=self.quiet)
+            )
+
+        if self.settings.repair == "none":
+            cut_to(folder)
             return
+        place = folder.with_name(f"{folder.name}-unrepaired")
+        try:
+            cut_to(place)
+            student, dtype = self.repaired(keep, place)
+            student.to(dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
+            self.write(lambda: save_model(student, folder, tokenizer=tokenizer, lineage=lineage))
+        finally:
+            if distill.is_first_process():
+                shutil.rmtree(place, ignore_errors=True)
+
+    def repaired(self, keep: Keep, place: Path) -> tuple[PreTrainedModel, torch.dtype]:
+        """The student that lies in `place`, repaired, in float32; and the precision that it has there."""
         student = load_model(place, dtype="auto")
         dtype = student.dtype
-        student = student.float()
         model, anatomy = self.loaded()
         # More tokens for each input of the widest layer change little (docs/performance.md).
         widest = max(keep.shape.neurons, keep.shape.hidden, anatomy.sizes(keep.shape)[Q])
         tokens = min(self.settings.repair_tokens, 64 * widest)
         batches = self.calibration(tokens, max(1, min(tokens, 4096) // self.corpus.block))
+        student = student.float()
         repair(student, model, anatomy, keep, batches, what=self.settings.repair, place=self.place, quiet=self.quiet)
-
-        def write() -> None:
-            save_model(student.to(dtype), folder, tokenizer=tokenizer, lineage=lineage)  # pyright: ignore[reportArgumentType]
-            shutil.rmtree(place, ignore_errors=True)
-
-        self.write(write)
+        return student, dtype
