@@ -54,11 +54,11 @@ def repair(
     inputs = [ids.to(device) for ids in batches]
     above = _Stack(probe, anatomy, keep.layers[0], inputs)
     below = _Stack(probe_of_student, anatomy, 0, inputs)
-    groups = [group for group in _groups(below, anatomy) if what == "all" or group.kind == what]
+    groups = _groups(below, anatomy)
     with Bar("repairing", len(keep.layers), quiet=quiet) as bar:
         for layer, source in enumerate(keep.layers):
             following = keep.layers[layer + 1] if layer + 1 < len(keep.layers) else anatomy.shape.layers
-            _repair_layer(_Pair(above, below, anatomy, keep, layer, source, following), groups)
+            _repair_layer(_Pair(above, below, anatomy, keep, layer, source, following), groups, what)
             bar.to(layer + 1)
     if what in ("norms", "all"):
         _rescale_final_norm(probe_of_student, probe, anatomy, keep, inputs)
@@ -181,13 +181,15 @@ class _Pair:
         return state.flatten(0, -2).float().index_select(-1, self.keep.hidden.to(state.device))
 
 
-def _repair_layer(pair: _Pair, groups: Sequence[_Group]) -> None:
+def _repair_layer(pair: _Pair, groups: Sequence[_Group], what: Repair) -> None:
     table, above, below = pair.anatomy.table, pair.above, pair.below
     # What is written goes into the hidden state as it is, unless a norm comes after it.
     normed = any(row.axes == (HIDDEN,) and row.name not in table.masks[HIDDEN] for row in table.layer)
-    writers = [group.rows[0] for group in _groups(below, pair.anatomy) if group.kind == "outputs"]
+    writers = [group.rows[0] for group in groups if group.kind == "outputs"]
     has_experts = any(EXPERT in row.axes for row in table.layer)
     for group in groups:
+        if what not in ("all", group.kind):
+            continue
         if group.kind == "outputs" and not normed:
             place = writers.index(group.rows[0])
             last = place == len(writers) - 1 and not has_experts
