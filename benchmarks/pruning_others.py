@@ -2,8 +2,8 @@
 
 LLM-Pruner (Ma et al. 2023, arXiv:2305.11627) ranks by the first-order Taylor term: of each group of weights that go
 together the sum of |weight x gradient|, the gradient taken once over all calibration text. Its score is written here
-anew, as it comes as a repository of its own, not as a package. It is taken in capgap's shape, and in its own, in which the
-hidden size stays and heads and neurons are cut all the more. Needs the test data (see CONTRIBUTING.md).
+anew, as it comes as a repository of its own, not as a package. It is taken in capgap's shape, and in its own, in which
+the hidden size stays and heads and neurons are cut all the more. Needs the test data (see CONTRIBUTING.md).
 
     python benchmarks/pruning_others.py --settings --json others.json
 """

@@ -263,8 +263,9 @@ def test_limits_are_kept(share, low, least, way):
 
 
 def test_limits_without_room_are_named():
-    with pytest.raises(ShapeError, match=r"layers, hidden from 30 to 32, layers from 3 to 3 comes within 1 %"):
-        solve_shape(anatomy_of(tiny_config()), 8_000, limits={"hidden": (30, 32), "layers": (3, 3)})
+    limits = {"hidden": (30, 32), "kv_heads": (2, 2), "layers": (3, 3)}
+    with pytest.raises(ShapeError, match=r"hidden from 30 to 32, kv_heads from 2 to 2, .* comes within 1 %"):
+        solve_shape(anatomy_of(tiny_config()), 8_000, limits=limits)
 
 
 def test_listed_shapes_have_different_numbers_of_layers_the_solved_one_first():

@@ -6,42 +6,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from capgap.anatomy import EXPERT, HIDDEN, KV, NEURON, Anatomy, Axis, Dimension, Grouped, Q, Weight
 from capgap.errors import DataError, ModelError
-from capgap.models import hidden_states, sum_cross_entropy
 from capgap.progress import Bar
+from capgap.prune.probe import Place, Probe, on_its_device, whole
 from capgap.prune.scores import Scores, normalised
 
 Method = Literal["expressiveness", "activation", "magnitude", "random"]
 # Of so many tokens of a batch it is measured how alike the hidden state is before and after each layer.
 _TOKENS_COMPARED = 512
-
-
-class Probe(nn.Module):
-    """A model as it is scored: ids [B, L + 1] to the mean cross-entropy in nats, or, without labels, through its body
-    only. It is what is called, so that it can be the root of a model in shards."""
-
-    def __init__(self, model: PreTrainedModel):
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, *, loss: bool) -> Tensor:
-        """The loss, a scalar; or the last hidden states [B, L, H]."""
-        if not loss:
-            return hidden_states(self.model, ids[:, :-1])
-        return sum_cross_entropy(self.model, ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
-
-
-Place = Callable[[Probe], torch.device]
-
-
-def on_its_device(probe: Probe) -> torch.device:
-    """Leaves a model where it is; the device that its inputs must be on."""
-    return probe.model.device
 
 
 def score(
@@ -195,50 +171,6 @@ def _compared_layers(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Calla
             hook.remove()
 
 
-@torch.no_grad()
-def losses_without(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    batches: Iterable[Tensor],
-    *,
-    block: int = 1,
-    place: Place = on_its_device,
-    total: int | None = None,
-    quiet: bool = False,
-) -> Tensor:
-    """The loss without layer 0 to `block - 1`, without layer 1 to `block`, and so on: [layers - block + 1], in nats.
-
-    Args:
-        batches: ids [B, L + 1] each.
-        block: how many layers in a row are left out.
-        place, total: as for `score`.
-    Source: layers by the loss without them: Kim et al. 2024, arXiv:2402.02834; Sreenivas et al. 2024,
-        arXiv:2408.11796, for blocks.
-    """
-    probe = Probe(model.eval())
-    device = place(probe)
-    modules = dict(model.named_modules())
-    layers = [modules[f"{anatomy.table.layers_at}.{i}"] for i in range(anatomy.shape.layers)]
-    losses, count = torch.zeros(len(layers) - block + 1), 0
-    with Bar("leaving out layers", None if total is None else total * len(losses), quiet=quiet) as bar:
-        for count, ids in enumerate(batches, start=1):
-            for first in range(len(losses)):
-                hooks = [layer.register_forward_hook(_pass_on, with_kwargs=True) for layer in layers[first:][:block]]
-                losses[first] += probe(ids.to(device), loss=True).cpu()
-                for hook in hooks:
-                    hook.remove()
-                bar.to((count - 1) * len(losses) + first + 1)
-    if count == 0:
-        raise DataError("no calibration text: the losses need at least one block")
-    return losses / count
-
-
-def _pass_on(_m: nn.Module, args: tuple, kwargs: dict[str, Tensor], out: Any) -> Any:
-    """A layer's input in the place of its output."""
-    state = args[0] if args else kwargs["hidden_states"]
-    return (state, *out[1:]) if isinstance(out, tuple) else state
-
-
 def magnitudes(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, Tensor]:
     """The L2 norm of all weights (not biases or norms) that go with each hidden dimension, key-value group, neuron
     and expert, as Scores has them."""
@@ -291,11 +223,6 @@ def _random(anatomy: Anatomy, seed: int) -> dict[str, Tensor]:
     }
     sizes |= {"experts": (shape.layers, *by_expert)} if by_expert else {}
     return {name: torch.rand(size, generator=generator) for name, size in sizes.items()}
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor, put together where the processes hold shards of it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def mask_gradients(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, Tensor]:

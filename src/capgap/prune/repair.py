@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from capgap.anatomy import EXPERT, HIDDEN, Anatomy, Weight
 from capgap.progress import Bar
 from capgap.prune.cut import Cutter, Keep
-from capgap.prune.importance import Place, Probe, on_its_device
+from capgap.prune.probe import Place, Probe, on_its_device
 
 Repair = Literal["none", "norms", "outputs", "all"]
 # Of the mean of the Gram matrix's diagonal: what draws a fit back to the weights that were cut.
