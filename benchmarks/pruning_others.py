@@ -63,11 +63,11 @@ def measure(tokens: int, place: Path) -> list[dict[str, Any]]:
     for sparsity in SPARSITIES:
         target = round((1 - sparsity) * whole)
         even = solve_shape(anatomy, target)
-        for kind in ("all", "none"):
+        for kind in ("auto", "all", "none"):
             prune = recipe.prune.model_copy(update={"calibration_tokens": tokens, "repair": kind})
             folder = place / f"{sparsity} {kind}"
             prune_stage(start, even, prune, corpus, folder, scores=place / "scores", quiet=True)
-            way = "capgap" if kind == "all" else "capgap without repair"
+            way = {"auto": "capgap", "all": "capgap, repaired", "none": "capgap, not repaired"}[kind]
             add(sparsity, way, AutoModelForCausalLM.from_pretrained(folder))
         add(sparsity, "LLM-Pruner's score", cut_model(model, anatomy, select(taylor, even)))
         own = solve_shape(anatomy, target, layers=even.layers, limits={"hidden": (full, full)})

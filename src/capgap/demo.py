@@ -59,7 +59,13 @@ def demo_spec(*, full: bool, tokens: int | None = None) -> StudySpec:
             },
             "students": [*_STUDENTS, *([_LARGE_STUDENT] if full else [])],
             "seeds": [0, 1] if full else [0],
-            "prune": {"calibration_tokens": 65_536, "calibration_batch": 32, "repair": "none"},
+            # As in the paper.
+            "prune": {
+                "score": "expressiveness",
+                "calibration_tokens": 65_536,
+                "calibration_batch": 32,
+                "repair": "none",
+            },
             "distill": {**loop, "lr": 5e-3},
             "evaluate": {"tokens": 40_000},
             "train_tokens": max(2 * count, 200_000),

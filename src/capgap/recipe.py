@@ -190,13 +190,13 @@ Students = Annotated[list[Student], BeforeValidator(_as_list), Field(min_length=
 class Prune(Section):
     """How the student is cut out of the start."""
 
-    score: Literal["expressiveness", "activation", "magnitude", "random"] = "expressiveness"
+    score: Literal["auto", "expressiveness", "activation", "magnitude", "random"] = "auto"
     calibration_tokens: Count = 524_288
     calibration_batch: Count = 1
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     offload: bool = False
     layers: Literal["symmetric", "even", "influence", "contiguous", "loss", "block_loss"] = "symmetric"
-    repair: Literal["none", "norms", "outputs", "all"] = "all"
+    repair: Literal["auto", "none", "norms", "outputs", "all"] = "auto"
     repair_tokens: Count = 65_536
     seed: Annotated[int, Field(ge=0)] = 0
 

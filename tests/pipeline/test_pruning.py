@@ -9,8 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from capgap.anatomy import anatomy_of
+from capgap.cost import count_parameters
 from capgap.models import load_config, load_model
+from capgap.pipeline.pruning import chosen
+from capgap.prune import solve_shape
+from capgap.recipe import Prune
 from shell import capgap, capgap_here
+from tiny import tiny_config
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "stories.yaml"
 SHORT = ["prune.calibration_tokens=2k", "evaluate.tokens=2k", "distill.tokens=4k", "prune.repair_tokens=2k"]
@@ -63,21 +69,36 @@ def test_two_processes_with_shards_of_the_start_score_cut_and_repair_as_one_does
 
 
 def test_weights_that_lie_in_cpu_memory_give_the_same_scores(prune):
-    plain, offloaded = prune("plain"), prune("offloaded", "prune.offload=true")
+    gradients = "prune.score=expressiveness"
+    plain, offloaded = prune("plain", gradients), prune("offloaded", gradients, "prune.offload=true")
     for name, found in scores(offloaded).items():
         torch.testing.assert_close(found, scores(plain)[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_batch_and_precision_change_the_scores_a_little_and_are_part_of_what_is_reused(prune):
-    one = scores(prune("same"))
-    file = prune("same", "prune.seed=5") / "scores/scores.safetensors"
+    gradients = "prune.score=expressiveness"
+    one = scores(prune("same", gradients))
+    file = prune("same", gradients, "prune.seed=5") / "scores/scores.safetensors"
     stamp = file.stat().st_mtime_ns
-    assert prune("same", "student.scale=0.4x")
+    assert prune("same", gradients, "student.scale=0.4x")
     assert file.stat().st_mtime_ns == stamp
     for more in ("prune.calibration_batch=4", "prune.precision=bfloat16"):
-        other = scores(prune("same", more))
+        other = scores(prune("same", gradients, more))
         assert not torch.equal(one["neurons"], other["neurons"])
         assert float(torch.cosine_similarity(one["hidden"], other["hidden"], dim=0)) > 0.8
+
+
+def test_what_is_chosen_where_nothing_is_said():
+    def of(kind: str, share: float, **more: str) -> tuple[str, str]:
+        anatomy = anatomy_of(tiny_config(kind))
+        shape = solve_shape(anatomy, round(share * count_parameters(anatomy.config).total))
+        found = chosen(Prune(**more), anatomy, shape)
+        return found.score, found.repair
+
+    assert of("llama", 0.7) == ("activation", "none")
+    assert of("llama", 0.5) == ("activation", "all")
+    assert of("mixtral", 0.5) == ("expressiveness", "all")
+    assert of("mixtral", 0.7, score="random", repair="norms") == ("random", "norms")
 
 
 def test_a_batch_larger_than_the_text_is_refused(tmp_path, test_data):

@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 
 from capgap.demo import demo_spec, pick_teacher, run_demo
 from capgap.errors import StudyError, TrainingError
-from capgap.study import Queue, Roles, read_records, run_study, study_status, trials_of, worker
+from capgap.study import Queue, Roles, StudySpec, read_records, run_study, study_status, trials_of, worker
 
 TOKENS = 20_000
 
@@ -35,6 +35,12 @@ def test_the_grid_holds_each_student_by_each_larger_member_after_what_it_needs()
     for trial in trials:
         assert set(trial.needs) <= seen
         seen.add(trial.name)
+
+
+def test_all_students_are_repaired_or_none():
+    fields = demo_spec(full=False).model_dump() | {"prune": {"repair": "auto"}}
+    assert StudySpec.model_validate(fields).prune.repair == "none"
+    assert StudySpec.model_validate(fields | {"prune": {"repair": "all"}}).prune.repair == "all"
 
 
 def test_a_claimed_trial_is_claimed_once_and_goes_back_when_its_worker_is_dead(tmp_path):

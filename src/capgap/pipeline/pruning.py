@@ -11,13 +11,17 @@ from transformers import PreTrainedModel
 
 from capgap import distill
 from capgap.anatomy import Anatomy, Q, Shape, anatomy_of
+from capgap.cost import count_parameters
 from capgap.data import Batches
 from capgap.errors import DataError, RecipeError
 from capgap.files import LINEAGE, read_json, write_json
-from capgap.models import default_device, hash_model, load_model, save_model
+from capgap.models import default_device, hash_model, load_config, load_model, save_model
 from capgap.pipeline.stages import Corpus, is_done, lineage_of
 from capgap.prune import Keep, Probe, Scores, cut_folder, losses_without, repair, score, select
 from capgap.recipe import Prune, Train
+
+# After distillation a repair cost 0.017 nats at a cut of 30 % and gained 0.011 at 50 % and 0.131 at 70 %.
+REPAIRED_BELOW = 0.55
 
 
 def prune_stage(
@@ -39,6 +43,7 @@ def prune_stage(
             shards for `fsdp` and `hsdp`; with `ddp` the first process must call this alone.
     Returns: `folder`.
     """
+    settings = chosen(settings, anatomy_of(load_config(start)), shape)
     work = _Pruning(start, settings, corpus, parallel, quiet)
     found = work.scored(scores)
     dropped = len(found.kv_heads) - shape.layers
@@ -54,6 +59,17 @@ def prune_stage(
     if work.missing(folder, inputs):
         work.cut(select(found, shape, layers=settings.layers, losses=losses), folder, inputs)
     return folder
+
+
+def chosen(settings: Prune, anatomy: Anatomy, shape: Shape) -> Prune:
+    """The settings with `auto` replaced by what came out best, or as good as the best, in studies/pruning."""
+    score, repair = settings.score, settings.repair
+    if score == "auto":
+        score = "activation" if anatomy.shape.experts is None else "expressiveness"
+    if repair == "auto":
+        kept = count_parameters(anatomy.config_at(shape, range(shape.layers))).total
+        repair = "all" if kept <= REPAIRED_BELOW * count_parameters(anatomy.config).total else "none"
+    return settings.model_copy(update={"score": score, "repair": repair})
 
 
 def _seeded(settings: Prune) -> dict[str, int]:
@@ -132,6 +148,7 @@ class _Pruning:
             model, anatomy = self.loaded()
             batches = self.calibration(settings.calibration_tokens, settings.calibration_batch)
             more: dict[str, Any] = {"total": len(batches), "quiet": self.quiet, "place": self.place}
+            assert settings.score != "auto"
             scores = score(model, anatomy, batches, method=settings.score, seed=settings.seed, **more)
 
             def write() -> None:
@@ -188,5 +205,6 @@ class _Pruning:
         tokens = min(self.settings.repair_tokens, 64 * widest)
         batches = self.calibration(tokens, max(1, min(tokens, 4096) // self.corpus.block))
         student = student.float()
+        assert self.settings.repair != "auto"
         repair(student, model, anatomy, keep, batches, what=self.settings.repair, place=self.place, quiet=self.quiet)
         return student, dtype

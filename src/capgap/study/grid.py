@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from transformers import LlamaConfig, PretrainedConfig
 
 from capgap.anatomy import Shape
@@ -70,6 +70,11 @@ class Roles(Section):
     teacher: str | None = None
 
 
+def _all_alike(prune: Prune) -> Prune:
+    """Trials must differ in what is studied only: `auto`, which repairs some students and not others, repairs none."""
+    return prune.model_copy(update={"repair": "none"}) if prune.repair == "auto" else prune
+
+
 class StudySpec(Section):
     """A study: the family, the students, the seeds, and how they are trained.
 
@@ -82,7 +87,7 @@ class StudySpec(Section):
     nano: Nano
     students: Annotated[list[StudentShape], Field(min_length=1)]
     seeds: Annotated[list[int], Field(min_length=1)] = Field(default=[0])
-    prune: Prune = Prune()
+    prune: Annotated[Prune, AfterValidator(_all_alike)] = Prune(repair="none")
     distill: Train
     evaluate: Evaluate = Evaluate()
     roles: list[Roles] = Field(default=[])
