@@ -56,6 +56,19 @@ def scores(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "scores/scores.safetensors")
 
 
+def test_layers_by_loss_when_all_of_them_stay(prune):
+    assert load_config(prune("made", "prune.layers=loss") / "pruned").num_hidden_layers == 5
+
+
+def test_two_processes_compare_shapes_as_one_does(tmp_path, test_data):
+    words = ["shapes", str(RECIPE), *SHORT, "--count", "2", "--try", "1", "--tokens", "4k"]
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    both = capgap(*words, "output=both", cwd=tmp_path, data=test_data, module=torchrun)
+    alone = capgap_here(*words, "output=alone", cwd=tmp_path, data=test_data)
+    assert both.returncode == alone.returncode == 0, both.stderr
+    assert both.stdout == alone.stdout
+
+
 @pytest.mark.parametrize("method", ["expressiveness", "activation", "magnitude"])
 def test_two_processes_with_shards_of_the_start_score_cut_and_repair_as_one_does(method, prune):
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
@@ -105,6 +118,14 @@ def test_a_batch_larger_than_the_text_is_refused(tmp_path, test_data):
     done = capgap_here("prune", str(RECIPE), "prune.calibration_batch=1M", *SHORT[1:], cwd=tmp_path, data=test_data)
     assert done.returncode == 2
     assert "prune.calibration_batch = 1000000, but the training text has only" in done.stderr
+
+
+def test_a_repair_takes_what_little_text_there_is(tmp_path, test_data):
+    (tmp_path / "little.txt").write_text("Once upon a time there was a little cat that was very happy. " * 60)
+    data = "data.train={text: little.txt}"
+    words = ["prune", str(RECIPE), data, "data.block=16", "prune.repair=all", "evaluate.tokens=1k"]
+    done = capgap_here(*words, cwd=tmp_path, data=test_data)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_cut_in_stages_distils_on_the_way_and_goes_on_where_it_was(tmp_path, test_data):

@@ -152,6 +152,7 @@ def test_layers_are_chosen_by_losses():
     losses = torch.tensor([9.0, 2.0, 5.0, 3.0, 8.0])
     assert select(scores, shape, layers="loss", losses=losses).layers == (0, 2, 4)
     assert select(scores, shape, layers="block_loss", losses=losses[:4]).layers == (0, 3, 4)
+    assert select(scores, Shape(5, 30, 2, 48), layers="loss").layers == (0, 1, 2, 3, 4)
     with pytest.raises(ShapeError, match="needs the 4 losses"):
         select(scores, shape, layers="block_loss", losses=losses)
 
@@ -260,6 +261,16 @@ def test_limits_are_kept(share, low, least, way):
     assert least <= shape.hidden <= 4096
     assert 2048 <= shape.neurons <= 8192
     assert abs(count_parameters(anatomy.config_at(shape, range(shape.layers))).total - target) <= 0.01 * target
+
+
+def test_sizes_stay_multiples_within_limits():
+    family = load_family("llama-3")
+    anatomy = anatomy_of(family.config_of(family.members[0]))
+    limits = {"neurons": (1000, 3000), "hidden": (1500, 4096)}
+    shape = solve_shape(anatomy, round(0.4 * count_parameters(anatomy.config).total), multiple=64, limits=limits)
+    assert shape.neurons % 64 == shape.hidden % 64 == 0
+    with pytest.raises(ShapeError, match="neurons from 100 to 120"):
+        solve_shape(anatomy, 10**9, multiple=64, limits={"neurons": (100, 120)})
 
 
 def test_limits_without_room_are_named():

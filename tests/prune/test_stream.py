@@ -75,6 +75,27 @@ def test_names_that_a_checkpoint_shortens_are_understood_and_kept(start, tmp_pat
     assert not any(".attn.bias" in name for name in names)
 
 
+@pytest.mark.parametrize("stored", ["both", "the head", "others"])
+def test_a_tied_head_may_lie_beside_the_embedding_or_in_its_place(stored, start, tmp_path):
+    model, folder = start("llama", tied=True)
+    (folder / "model.safetensors.index.json").unlink()
+    file = next(f for f in folder.glob("*.safetensors") if "model.embed_tokens.weight" in load_file(f))
+    weights = load_file(file)
+    embedding = weights["model.embed_tokens.weight"]
+    weights["lm_head.weight"] = embedding.clone() + (1 if stored == "others" else 0)
+    if stored == "the head":
+        weights.pop("model.embed_tokens.weight")
+    save_file(weights, file)
+    keep = some(anatomy_of(model.config))
+    if stored == "others":
+        with pytest.raises(ModelError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+            cut_folder(folder, keep, tmp_path / "student", tokenizer=None, lineage={}, quiet=True)
+        return
+    cut_folder(folder, keep, tmp_path / "student", tokenizer=None, lineage={}, quiet=True)
+    found = load_model(tmp_path / "student").eval()
+    assert torch.equal(cut_model(model, anatomy_of(model.config), keep).eval()(ids()).logits, found(ids()).logits)
+
+
 def cut_off(file):
     file.write_bytes(file.read_bytes()[:-100])
 

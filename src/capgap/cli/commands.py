@@ -85,12 +85,15 @@ def shapes(
     from rich.table import Table
 
     from capgap.cost import format_bytes, format_count
+    from capgap.distill import is_first_process
     from capgap.pipeline import compare_shapes
     from capgap.recipe import Recipe as RecipeModel
     from capgap.recipe import load
 
     given = _count(tokens, "--tokens") if tokens else None
     found = compare_shapes(load(recipe, RecipeModel, overrides or []), count=count, tries=tries, tokens=given)
+    if not is_first_process():
+        return
     table = Table()
     for heading in ("layers", "hidden", "KV heads", "neurons", "size", "FLOPs", "cache", "cut", "tried"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -106,7 +109,10 @@ def shapes(
 
 
 def prune(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Cuts a recipe's student, without training it. Example: capgap prune recipes/stories.yaml student.scale=0.5x"""
+    """Cuts a recipe's student; only larger ones on its way are trained.
+
+    Example: capgap prune recipes/stories.yaml student.scale=0.5x
+    """
     _show(_run(recipe, overrides, "prune"))
 
 

@@ -113,22 +113,31 @@ class _Pruning:
     def place(self, probe: Probe) -> torch.device:
         """Brings the start to its device or devices."""
         if self.together or self.settings.offload:
-            distill.shard(probe.model, probe, self.parallel, self.device, offload=self.settings.offload)
+            parallel = self.parallel if self.together else None
+            distill.shard(probe.model, probe, parallel, self.device, offload=self.settings.offload)
         else:
             probe.to(self.device)
         return self.device
 
-    def calibration(self, tokens: int, rows: int) -> list[Tensor]:
+    def blocks(self) -> int:
+        """Of the training text."""
+        return sum(source.blocks(self.corpus.block) for source in self.corpus.train.sources)
+
+    def text(self, tokens: int, rows: int) -> list[Tensor]:
         """Batches of `rows` blocks of the training text, of so many tokens at most and one batch at least."""
         batches = Batches(self.corpus.train, block=self.corpus.block, blocks_per_step=rows, seed=0)
-        available = sum(source.blocks(self.corpus.block) for source in self.corpus.train.sources)
-        blocks = min(tokens // self.corpus.block, available)
-        if rows > available:
+        blocks = min(tokens // self.corpus.block, self.blocks())
+        return [batches.batch(step) for step in range(max(1, blocks // rows))]
+
+    def calibration(self) -> list[Tensor]:
+        """What scores and losses are measured on. Raises DataError if the text has not one batch."""
+        rows = self.settings.calibration_batch
+        if rows > self.blocks():
             raise DataError(
-                f"prune.calibration_batch = {rows}, but the training text has only {available} blocks of "
+                f"prune.calibration_batch = {rows}, but the training text has only {self.blocks()} blocks of "
                 f"{self.corpus.block} tokens"
             )
-        return [batches.batch(step) for step in range(max(1, blocks // rows))]
+        return self.text(self.settings.calibration_tokens, rows)
 
     def inputs(self) -> dict[str, Any]:
         """What decides all that is measured of the start, but for rounding."""
@@ -146,13 +155,15 @@ class _Pruning:
         inputs = {**self.inputs(), "score": settings.score, **_seeded(settings)}
         if self.missing(folder, inputs):
             model, anatomy = self.loaded()
-            batches = self.calibration(settings.calibration_tokens, settings.calibration_batch)
+            batches = self.calibration()
             more: dict[str, Any] = {"total": len(batches), "quiet": self.quiet, "place": self.place}
             assert settings.score != "auto"
             scores = score(model, anatomy, batches, method=settings.score, seed=settings.seed, **more)
 
             def write() -> None:
                 folder.mkdir(parents=True, exist_ok=True)
+                # What says where the old scores came from must not stand beside the new ones.
+                (folder / LINEAGE).unlink(missing_ok=True)
                 scores.save(file)
                 write_json(folder / LINEAGE, lineage_of("score", inputs))
 
@@ -165,7 +176,7 @@ class _Pruning:
         inputs = {**self.inputs(), "block": block}
         if self.missing(folder, inputs):
             model, anatomy = self.loaded()
-            batches = self.calibration(self.settings.calibration_tokens, self.settings.calibration_batch)
+            batches = self.calibration()
             more: dict[str, Any] = {"total": len(batches), "quiet": self.quiet, "place": self.place}
             found = losses_without(model, anatomy, batches, block=block, **more)
             lineage = lineage_of("losses without layers", inputs, losses=found.tolist())
@@ -203,7 +214,8 @@ class _Pruning:
         # More tokens for each input of the widest layer change little (docs/performance.md).
         widest = max(keep.shape.neurons, keep.shape.hidden, anatomy.sizes(keep.shape)[Q])
         tokens = min(self.settings.repair_tokens, 64 * widest)
-        batches = self.calibration(tokens, max(1, min(tokens, 4096) // self.corpus.block))
+        rows = max(1, min(tokens, 4096) // self.corpus.block)
+        batches = self.text(tokens, min(rows, self.blocks()))
         student = student.float()
         assert self.settings.repair != "auto"
         repair(student, model, anatomy, keep, batches, what=self.settings.repair, place=self.place, quiet=self.quiet)

@@ -69,7 +69,7 @@ class _Planned:
 def run_recipe(recipe: Recipe, *, until: Stage = "evaluate", quiet: bool = False) -> RunResult:
     """Runs a recipe; stages whose output is there from the same inputs are skipped.
 
-    Under `torchrun` all processes share caching and training; the other stages are the first process's work.
+    Under `torchrun` all processes share caching, training and, in shards, pruning; the rest is the first's work.
 
     Args:
         until: the last stage to run.
@@ -158,11 +158,10 @@ def _pruned(student: _Planned, recipe: Recipe, corpus: Corpus, teachers: Teacher
 def _planned(recipe: Recipe, output: Path, teacher: str, scale: int | None) -> list[_Planned]:
     """The students of a recipe. Raises RecipeError if two have one name."""
     planned: dict[str, _Planned] = {}
-    first_start = None
+    scores: dict[Path, Path] = {}
     for index, student in enumerate(recipe.student):
         start_ref = resolve(student.start, scale) if student.start is not None else teacher
         start = first_process_first(lambda ref=start_ref: resolve_folder(ref))
-        first_start = first_start or start
         config = load_config(start)
         anatomy, whole = anatomy_of(config), count_parameters(config).total
         shapes = []
@@ -176,12 +175,12 @@ def _planned(recipe: Recipe, output: Path, teacher: str, scale: int | None) -> l
             raise RecipeError(f"student.{index}: there is a student {name} before it; give this one another name")
         place = output if len(recipe.student) == 1 else output / "students" / name
         # One pass of scoring serves all students that are cut from one model.
-        scores = (output if start == first_start else place) / "scores"
+        scores.setdefault(start, (place if scores else output) / "scores")
         stops = tuple(
             _Stop(place / "via" / str(number), between, stop.tokens or recipe.distill.tokens)
             for number, (stop, between) in enumerate(zip(student.via, on_the_way, strict=True), start=1)
         )
-        planned[name] = _Planned(name, place, shape, start_ref, start, whole, scores, stops)
+        planned[name] = _Planned(name, place, shape, start_ref, start, whole, scores[start], stops)
     return list(planned.values())
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from capgap.anatomy import Anatomy, Shape, anatomy_of
 from capgap.cost import count_parameters, flops_per_token
 from capgap.data import load_tokenizer
+from capgap.distill import first_process_first
 from capgap.errors import RecipeError
 from capgap.models import load_config, resolve_folder
 from capgap.pipeline.pruning import prune_stage
@@ -67,18 +68,26 @@ def compare_shapes(
     student, output = recipe.student[0], Path(recipe.output)
     wanted = student.scale if isinstance(student.scale, int) else None
     names = [resolve(teacher.model, wanted) for teacher in recipe.teachers()]
-    folders = tuple(resolve_folder(name) for name in names)
+    folders = first_process_first(lambda: tuple(resolve_folder(name) for name in names))
     teachers = Teachers(folders, tuple(teacher.weight for teacher in recipe.teachers()), tuple(names))
-    start = resolve_folder(resolve(student.start, wanted)) if student.start is not None else folders[0]
+    start_ref = None if student.start is None else resolve(student.start, wanted)
+    start = folders[0] if start_ref is None else first_process_first(lambda: resolve_folder(start_ref))
     anatomy = anatomy_of(load_config(start))
     corpus = open_recipe_corpus(recipe, load_tokenizer(recipe.data.tokenizer or folders[0]), quiet=quiet)
     shapes = list_shapes(anatomy, target_of(student, anatomy), count=count, **solver_options(student, anatomy))
     rows = []
     for shape in shapes:
         place = _place(output, shape)
-        more: dict[str, Any] = {"scores": output / "scores", "quiet": quiet}
-        pruned = prune_stage(start, shape, recipe.prune, corpus, place / "pruned", **more)
-        rows.append(_row(anatomy, shape, corpus, score_model_stage(pruned, corpus, place / "score", quiet=quiet)))
+
+        def cut(shape: Shape = shape, place: Path = place) -> Path:
+            more: dict[str, Any] = {"scores": output / "scores", "parallel": recipe.distill, "quiet": quiet}
+            return prune_stage(start, shape, recipe.prune, corpus, place / "pruned", **more)
+
+        def loss(place: Path = place) -> float:
+            return score_model_stage(place / "pruned", corpus, place / "score", quiet=quiet)
+
+        first_process_first(cut) if recipe.distill.parallel == "ddp" else cut()
+        rows.append(_row(anatomy, shape, corpus, first_process_first(loss)))
     rows.sort(key=lambda row: row.cut_loss)
     if tries:
         tried = _tried(rows[:tries], recipe, teachers, corpus, tokens or recipe.distill.tokens // 10, quiet=quiet)

@@ -78,6 +78,8 @@ def select(scores: Scores, shape: Shape, *, layers: LayerChoice = "symmetric", l
 
 def _layers(scores: Scores, count: int, choice: LayerChoice, losses: Tensor | None) -> tuple[int, ...]:
     have = len(scores.kv_heads)
+    if count == have:
+        return tuple(range(have))
     if choice == "symmetric":
         first = (have - count) // 2
         return tuple(range(first, first + count))

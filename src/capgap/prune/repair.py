@@ -36,7 +36,8 @@ def repair(
     in the student, all before it repaired. A norm's weight is multiplied by one number. A linear layer has the least
     squares solution, drawn towards the weights it has: one that reads the hidden state towards its parent's output;
     one that writes to it such that the hidden state becomes the parent's, which also makes up for layers that are
-    gone. A bias, where there is one, is fitted with the weights. Experts and routers stay as they were cut.
+    gone (where a norm follows what is written, towards its parent's output only). A bias, where there is one, is
+    fitted with the weights. Experts and routers stay as they were cut.
 
     Args:
         student: cut from `parent`, whose anatomy is given, as `keep` says; in float32.

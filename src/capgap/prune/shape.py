@@ -162,9 +162,10 @@ def _even_first(
     base = anatomy.parameters(_shapes(layers, hidden, kv_heads, 0, experts), names)
     slope = anatomy.parameters(_shapes(layers, hidden, kv_heads, 1, experts), names) - base
     low, high = within("neurons", full.neurons)
+    low, high = -(-low // multiple) * multiple, high if high == full.neurons else high // multiple * multiple
     wanted = np.rint((target - base) / slope / multiple) * multiple
-    neurons = np.clip(wanted, -(-low // multiple) * multiple, high).astype(np.int64)
-    close = np.abs(base + slope * neurons - target) <= TOLERANCE * target
+    neurons = np.clip(wanted, low, high).astype(np.int64)
+    close = (np.abs(base + slope * neurons - target) <= TOLERANCE * target) & (low <= high)
     kv_heads, hidden, neurons = kv_heads[close], hidden[close], neurons[close]
     logs = np.log(np.stack([hidden / full.hidden, kv_heads / full.kv_heads, neurons / full.neurons]))
     apart = np.round(logs.max(0) - logs.min(0), 12)

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +115,33 @@ def stored_tensors(folder: Path, anatomy: Anatomy) -> list[Stored]:
             if shape != wanted:
                 raise ModelError(f"{file}: {name} has shape {list(shape)}; config.json asks for {list(wanted)}")
             found.append(part)
+    found = _untied(found, understood.tied)
     counts = Counter(part.parameter for part in found)
     for name in understood.names:
         if counts[name] not in understood.parts(name):
             what = "has no weight" if counts[name] == 0 else f"has only {counts[name]} of the parts of"
             raise ModelError(f"{folder}: {what} {name}; the checkpoint is incomplete")
     return found
+
+
+def _untied(found: list[Stored], tied: dict[str, str]) -> list[Stored]:
+    """The tensors, each shared one once. Raises ModelError if two that are tied differ."""
+    first = {part.parameter: part for part in found if part.parameter not in tied}
+    kept = []
+    for part in found:
+        if part.parameter in tied:
+            parameter = tied[part.parameter]
+            if parameter in first:
+                other = first[parameter]
+                if not torch.equal(_read(part), _read(other)):
+                    raise ModelError(
+                        f"{part.file}: {part.name} differs from {other.name}, though config.json says that they are "
+                        "tied; set tie_word_embeddings = false there, or remove one of them"
+                    )
+                continue
+            part = first[parameter] = replace(part, parameter=parameter)
+        kept.append(part)
+    return kept
 
 
 def _files(folder: Path) -> dict[Path, dict[str, tuple[int, ...]]]:
@@ -165,6 +186,7 @@ class _Names:
     def __init__(self, anatomy: Anatomy):
         model = bare_model(anatomy.config)
         self.anatomy, self.names = anatomy, dict(model.named_parameters())
+        self.tied: dict[str, str] = dict(model.all_tied_weights_keys) if anatomy.config.tie_word_embeddings else {}
         mapping = get_model_conversion_mapping(model)
         self.renamings = [change for change in mapping if isinstance(change, WeightRenaming)]
         self.converters = [change for change in mapping if isinstance(change, WeightConverter)]
@@ -173,7 +195,7 @@ class _Names:
     def place(self, file: Path, name: str) -> Stored | None:
         """What a tensor is; None if transformers does not read it."""
         parameter, pattern = rename_source_key(name, self.renamings, self.converters, self.prefix, self.names)
-        if parameter not in self.names:
+        if parameter not in self.names and parameter not in self.tied:
             return None
         row, layer, axes = self.anatomy.table.match(parameter)
         if pattern is None:
@@ -220,13 +242,17 @@ def _renamed(part: Stored, anatomy: Anatomy, keep: Keep) -> str:
     return name.replace(f".experts.{part.expert}.", f".experts.{expert}.", 1)
 
 
-def _cut(part: Stored, anatomy: Anatomy, cutter: Cutter) -> Tensor:
+def _read(part: Stored) -> Tensor:
     # Opened anew for each: what was read of a file stays in memory for as long as it is open.
     with _opened(part.file) as tensors:
         try:
-            whole = tensors.get_tensor(part.name)
+            return tensors.get_tensor(part.name)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{part.file}: {part.name} cannot be read ({first_line(error)})") from None
+
+
+def _cut(part: Stored, anatomy: Anatomy, cutter: Cutter) -> Tensor:
+    whole = _read(part)
     layer = None if part.layer is None else cutter.keep.layers.index(part.layer)
     cut = cutter.cut(whole, part.axes, layer, part.expert)
     # The sum is not finite if one of them is not, and takes a fraction of isfinite's time.
