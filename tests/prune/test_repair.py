@@ -1,8 +1,5 @@
 """A repair gives back what can be given back, leaves alone what is whole, and lowers the loss of a real model."""
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -111,13 +108,10 @@ def test_every_architecture_comes_closer_to_its_parent(kind, what):
     assert after < (1.02 if what == "norms" else 1.0) * before
 
 
-def test_a_real_models_loss_is_lowered_on_text_it_was_not_repaired_on():
-    data = os.environ.get("CAPGAP_TEST_DATA")
-    if data is None:
-        pytest.skip("needs the test data (see CONTRIBUTING.md); set CAPGAP_TEST_DATA to its folder")
-    parent = load_model(Path(data) / "models" / "stories260k-hf")
-    tokenizer = load_tokenizer(Path(data) / "models" / "stories260k-hf")
-    text = (Path(data) / "text" / "tinystories" / "tinystories_10k.txt").read_text(encoding="utf-8")[:60_000]
+def test_a_real_models_loss_is_lowered_on_text_it_was_not_repaired_on(test_data):
+    parent = load_model(test_data / "models" / "stories260k-hf")
+    tokenizer = load_tokenizer(test_data / "models" / "stories260k-hf")
+    text = (test_data / "text" / "tinystories" / "tinystories_10k.txt").read_text(encoding="utf-8")[:60_000]
     blocks = torch.tensor(tokenizer(text)["input_ids"])[: 128 * 129].view(128, 129)
     anatomy = anatomy_of(parent.config)
     scores = score(parent, anatomy, blocks[:32].split(1), quiet=True)

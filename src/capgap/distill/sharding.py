@@ -45,7 +45,7 @@ def place_teacher(teacher: OnlineTeacher, settings: Train, device: torch.device)
         for body in teacher.bodies:
             body.to(device)
         return
-    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if settings.teacher_offload else OffloadPolicy()
+    offload = _offload(settings.teacher_offload, device)
     for body in teacher.bodies:
         _shard(body.model, body, _mixed(settings, device), _mesh(settings, device), device, offload)
 
@@ -60,8 +60,7 @@ def shard(
         settings: `parallel` and `shard_size` are read.
         offload: weights and gradients lie in CPU memory, and are on the device only while they are used.
     """
-    policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
-    _shard(model, root, MixedPrecisionPolicy(), _mesh(settings, device), device, policy)
+    _shard(model, root, MixedPrecisionPolicy(), _mesh(settings, device), device, _offload(offload, device))
 
 
 def set_gradient_sync(model: nn.Module, wanted: bool) -> None:
@@ -91,6 +90,10 @@ def _shard(
         fully_shard(layer, mesh=mesh, mp_policy=mixed, offload_policy=offload)
     # The root's own weights (embeddings, last norm, head) stay whole from its forward on: the head is read after it.
     fully_shard(root, mesh=mesh, mp_policy=mixed, offload_policy=offload, reshard_after_forward=False)
+
+
+def _offload(wanted: bool, device: torch.device) -> OffloadPolicy:
+    return CPUOffloadPolicy(pin_memory=device.type == "cuda") if wanted else OffloadPolicy()
 
 
 def _mixed(settings: Train, device: torch.device) -> MixedPrecisionPolicy:

@@ -188,16 +188,17 @@ def _repair_layer(pair: _Pair, groups: Sequence[_Group], what: Repair) -> None:
     normed = any(row.axes == (HIDDEN,) and row.name not in table.masks[HIDDEN] for row in table.layer)
     writers = [group.rows[0] for group in groups if group.kind == "outputs"]
     has_experts = any(EXPERT in row.axes for row in table.layer)
+    after = above.through(pair.source, pair.following)
     for group in groups:
         if what not in ("all", group.kind):
             continue
         if group.kind == "outputs" and not normed:
             place = writers.index(group.rows[0])
             last = place == len(writers) - 1 and not has_experts
-            _fit_to_hidden(pair, group, writers[:place], last)
+            _fit_to_hidden(pair, group, writers[:place], after if last else None)
         else:
             _fit(pair, group)
-    above.states = above.through(pair.source, pair.following)
+    above.states = after
     below.states = below.through(pair.layer, pair.layer + 1)
 
 
@@ -214,21 +215,22 @@ def _fit(pair: _Pair, group: _Group) -> None:
     sums.apply(pair)
 
 
-def _fit_to_hidden(pair: _Pair, group: _Group, before: Sequence[Weight], last: bool) -> None:
+def _fit_to_hidden(pair: _Pair, group: _Group, before: Sequence[Weight], after: list[Tensor] | None) -> None:
     """Fits what writes to the hidden state such that the state becomes the parent's.
 
     Args:
         before: what writes to it earlier in the layer.
-        last: nothing writes to it later in the layer.
+        after: the parent's states that the next layer reads, where nothing writes to them later in the layer.
     """
     row = group.rows[0]
     names = [*(earlier.name for earlier in before), row.name]
-    after = pair.above.through(pair.source, pair.following) if last else pair.above.states
     sums = _Sums(group)
     with pair.above.watching(pair.source, names) as wanted, pair.below.watching(pair.layer, names) as found:
-        for parent_state, state, later in zip(pair.above.states, pair.below.states, after, strict=True):
+        for parent_state, state, later in zip(
+            pair.above.states, pair.below.states, after or pair.above.states, strict=True
+        ):
             target = pair.hidden(later)
-            if not last:
+            if after is None:
                 pair.above.run(pair.source, parent_state)
                 target = target + sum(pair.kept(wanted[name][1], row) for name in names)
             pair.below.run(pair.layer, state)
