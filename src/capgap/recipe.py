@@ -46,7 +46,18 @@ def parse_scale(value: Any) -> int | float:
     return parse_count(value)
 
 
+def parse_warmup(value: Any) -> float:
+    """A share of the steps (below 1), or a count of tokens. Raises ValueError."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1:
+        return float(value)
+    try:
+        return float(parse_count(value))
+    except ValueError:
+        raise ValueError(f"{value!r} is neither a share of the steps from 0 to 1 nor a count of tokens") from None
+
+
 Count = Annotated[int, BeforeValidator(parse_count)]
+Warmup = Annotated[float, BeforeValidator(parse_warmup)]
 Scale = Annotated[int | float, BeforeValidator(parse_scale)]
 
 
@@ -233,7 +244,7 @@ class Train(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     lr: Annotated[float, Field(gt=0)] = 3e-4
     schedule: Literal["cosine", "wsd"] = "cosine"
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    warmup: Warmup = 0.01
     decay: Annotated[float, Field(gt=0, le=1)] = 0.2
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.1

@@ -23,11 +23,14 @@ class RunRecord(BaseModel):
         student_scale, teacher_scale, start_scale: their parameter counts.
         tokens: tokens trained on.
         tokens_before: that the larger students on its way were trained on, where it was cut in stages.
+        tokens_taken_over: those of `tokens` that another run with fewer of them was trained on for both.
+        condition: what sets it apart from other runs of the same models, such as another objective.
         loss: held-out nats per token at the end.
         start_loss: held-out nats per token before the first step (directly after pruning).
         bits_per_byte: the same in bits per byte of text.
         curve: rows of step, tokens, and what was measured there (loss, and in training ce, kl, lr).
-        flops: estimated floating-point operations, teacher included.
+        flops: estimated floating-point operations of all `tokens`, teacher included.
+        seconds: wall-clock of this run, without the tokens taken over.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -42,6 +45,8 @@ class RunRecord(BaseModel):
     start_scale: int | None = None
     tokens: int
     tokens_before: int = 0
+    tokens_taken_over: int = 0
+    condition: str = ""
     seed: int
     loss: FiniteFloat
     start_loss: float | None = None
@@ -54,6 +59,11 @@ class RunRecord(BaseModel):
     recipe_hash: str
     data_hash: str
     versions: dict[str, str]
+
+    @property
+    def flops_spent(self) -> float:
+        """FLOPs of this run alone, without the tokens taken over."""
+        return self.flops * (1 - self.tokens_taken_over / self.tokens)
 
 
 def append(path: Path, record: RunRecord) -> None:

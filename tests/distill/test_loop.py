@@ -9,7 +9,6 @@ import torch
 from torch.nn import functional
 
 from capgap.distill import OnlineTeacher, Run, Stopped, targets, train, train_together
-from capgap.distill.learner import lr_at
 from capgap.errors import CheckpointError, RecipeError, TrainingError
 from distill.runner import BLOCK, Interrupted, RandomBatches, distil, settings
 from tiny import tiny_model
@@ -183,16 +182,6 @@ def test_the_teacher_does_not_learn_and_is_not_in_train_mode(tmp_path):
     distil(tmp_path, settings(3), teacher=teacher)
     assert not teacher.training
     assert all(torch.equal(before[n], p) for n, p in teacher.named_parameters())
-
-
-def test_schedules():
-    cosine = settings(100, warmup=0.1)
-    assert lr_at(cosine, 0, 100) == pytest.approx(1e-4)
-    assert lr_at(cosine, 10, 100) == pytest.approx(1e-3)
-    assert lr_at(cosine, 55, 100) == pytest.approx(5e-4)
-    wsd = settings(100, warmup=0.1, schedule="wsd", decay=0.2)
-    assert lr_at(wsd, 79, 100) == pytest.approx(1e-3)
-    assert lr_at(wsd, 90, 100) == pytest.approx(5e-4)
 
 
 def test_the_curve_goes_to_the_trackers(tmp_path):

@@ -18,9 +18,10 @@ from capgap.distill.hidden import HiddenLoss
 from capgap.distill.meter import Meter
 from capgap.distill.objective import Objective
 from capgap.distill.processes import is_first_process, sum_over_processes
+from capgap.distill.schedule import Schedule
 from capgap.distill.sharding import place_student, set_gradient_sync
 from capgap.distill.targets import Targets
-from capgap.errors import TrainingError
+from capgap.errors import CheckpointError, TrainingError
 from capgap.files import hash_of
 from capgap.progress import say
 from capgap.recipe import Train
@@ -51,6 +52,8 @@ class Run:
         title: its name on the bar.
         hidden: the loss between layers of student and teacher, if one is wanted; settings.hidden_weight weighs it.
         flops_per_token: of student and teacher, for the utilisation.
+        branch: a folder for the state at `Schedule.branches_at`, from which a run of more tokens can go on.
+        trunk: the `branch` of a run of fewer tokens; where there is one, its steps are not done again.
     """
 
     student: PreTrainedModel
@@ -61,6 +64,8 @@ class Run:
     title: str = "training"
     hidden: HiddenLoss | None = None
     flops_per_token: float | None = None
+    branch: Path | None = None
+    trunk: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -69,13 +74,16 @@ class Trained:
 
     Attributes:
         curve: rows of step, tokens and what was measured there.
-        seconds: wall-clock; tokens: trained on; skipped: steps left out as their gradients were not finite.
+        seconds: wall-clock, without the steps taken over; tokens: trained on.
+        tokens_taken_over: of those, the ones that a shorter run was trained on for both.
+        skipped: steps left out as their gradients were not finite.
         start_loss: held-out nats per token before the first step; score: the held-out score at the end.
     """
 
     curve: list[dict[str, float]]
     seconds: float
     tokens: int
+    tokens_taken_over: int
     skipped: int
     start_loss: float | None
     score: Any
@@ -84,9 +92,11 @@ class Trained:
 class Learner:
     """A Run at work. The loop calls `learn` for each part of a batch, then `step`."""
 
-    def __init__(self, run: Run, *, block: int, steps: int, step_tokens: int, device: torch.device, world: int):
-        self.run, self.steps, self.step_tokens, self.world = run, steps, step_tokens, world
+    def __init__(self, run: Run, *, block: int, device: torch.device, world: int):
         settings = run.settings
+        self.run, self.world = run, world
+        self.schedule = Schedule.of(settings, block)
+        self.steps = steps = self.schedule.steps
         divergence = Divergence(settings.divergence, settings.mix)
         compiled = device.type == "cuda" if settings.compile == "auto" else settings.compile
         mix = Mix(divergence, settings.kd_weight, settings.temperature, settings.chunk_tokens, compiled)
@@ -98,8 +108,9 @@ class Learner:
         self.checkpoints = Checkpoints(
             run.folder, identity=identity, keep=settings.keep_checkpoints, asynchronous=settings.async_checkpoints
         )
-        facts = self.checkpoints.load_newest(self.objective, self.optimizer) or {}
+        facts = self.checkpoints.load_newest(self.objective, self.optimizer) or self._from_trunk(block)
         self.done: int = facts.get("step", 0)
+        self.taken_over: int = facts.get("taken_over", 0)
         self.curve: list[dict[str, float]] = facts.get("curve", [])
         self.seconds: float = facts.get("seconds", 0.0)
         self.skipped: int = facts.get("skipped", 0)
@@ -118,6 +129,25 @@ class Learner:
         )
         if self.done == 0 and run.evaluate is not None:
             self.start_loss = self._evaluate().loss
+        self._block = block
+        self.save_branch()
+
+    def _from_trunk(self, block: int) -> dict[str, Any]:
+        """The state at which a shorter run left this one's way, if there is one."""
+        trunk = None if self.run.trunk is None else self._branch(self.run.trunk, block)
+        facts = trunk.load_newest(self.objective, self.optimizer) if trunk else None
+        if facts is None:
+            return {}
+        if facts["step"] > (self.schedule.branches_at or 0):
+            raise CheckpointError(
+                f"{self.run.trunk}: a run of {facts['step']} equal steps, but this one shares only "
+                f"{self.schedule.branches_at or 0}; it must be the longer of the two"
+            )
+        return {**facts, "taken_over": facts["step"], "seconds": 0.0}
+
+    def _branch(self, folder: Path, block: int) -> Checkpoints:
+        identity = hash_of({"trunk": self.schedule.trunk, "block": block, "inputs": self.run.inputs})
+        return Checkpoints(folder, identity=identity, keep=1)
 
     def learn(self, input_BL: Tensor, label_BL: Tensor, targets: Targets | None, *, scored: float, last: bool) -> None:
         """Adds one part's gradients.
@@ -141,7 +171,7 @@ class Learner:
         Raises: TrainingError if too many steps in a row had to be skipped.
         """
         settings, number = self.run.settings, self.done
-        lr = lr_at(settings, number, self.steps)
+        lr = self.schedule.lr(number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         ce, kl = sum_over_processes(*torch.stack(self._sums).sum(0).tolist())
@@ -155,10 +185,10 @@ class Learner:
             self._skip(number, f"CE {ce}, KL {kl}, gradient norm {norm}", where)
         self.optimizer.zero_grad(set_to_none=True)
         self.done = number + 1
-        self._meter.add(self.step_tokens)
+        self._meter.add(self.schedule.step_tokens)
         row = {
             "step": self.done,
-            "tokens": self.done * self.step_tokens,
+            "tokens": self.done * self.schedule.step_tokens,
             "ce": ce,
             "kl": kl,
             "lr": lr,
@@ -188,15 +218,23 @@ class Learner:
 
     def save(self) -> None:
         """Writes a checkpoint of the steps done."""
-        facts = {
+        self.checkpoints.save(self.done, self.objective, self.optimizer, self._facts())
+
+    def save_branch(self) -> None:
+        """Keeps the state for longer runs, if one is wanted and this is the step where their ways part."""
+        if self.run.branch is not None and self.done == self.schedule.branches_at:
+            self._branch(self.run.branch, self._block).save(self.done, self.objective, self.optimizer, self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        return {
             "curve": self.curve,
+            "taken_over": self.taken_over,
             "seconds": self.seconds,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "start_loss": self.start_loss,
             "loss": self._loss_now,
         }
-        self.checkpoints.save(self.done, self.objective, self.optimizer, facts)
 
     def close(self) -> None:
         """Waits for what is still being written."""
@@ -209,8 +247,15 @@ class Learner:
         if self.score is None and self.run.evaluate is not None:
             self._evaluate()  # it went on from a checkpoint of the last step
         self.run.student.eval()
+        step_tokens = self.schedule.step_tokens
         return Trained(
-            self.curve, self.seconds, self.steps * self.step_tokens, self.skipped, self.start_loss, self.score
+            self.curve,
+            self.seconds,
+            self.steps * step_tokens,
+            self.taken_over * step_tokens,
+            self.skipped,
+            self.start_loss,
+            self.score,
         )
 
     def _evaluate(self) -> Scored:
@@ -232,18 +277,6 @@ class Learner:
             f"{where()}; last good checkpoint in {self.run.folder}: {good}; try a lower distill.lr than "
             f"{self.run.settings.lr} or a longer distill.warmup"
         )
-
-
-def lr_at(settings: Train, step: int, steps: int) -> float:
-    """The learning rate of a step (counted from 0): linear warm-up, then cosine or stable-then-linear-decay."""
-    warmup = round(settings.warmup * steps)
-    if step < warmup:
-        return settings.lr * (step + 1) / warmup
-    if settings.schedule == "cosine":
-        share = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-    else:
-        share = min(1.0, (steps - step) / max(1, round(settings.decay * steps)))
-    return settings.lr * (settings.final_lr + (1 - settings.final_lr) * share)
 
 
 def _optimizer(objective: nn.Module, settings: Train) -> torch.optim.AdamW:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from capgap.distill.learner import Learner, Run, Trained
 from capgap.distill.processes import any_process, rank_and_world, sum_over_processes
+from capgap.distill.schedule import Schedule
 from capgap.distill.sharding import bfloat16_wanted, place_teacher
 from capgap.distill.targets import for_several
 from capgap.distill.teacher import OnlineTeacher, Teacher
@@ -47,17 +48,6 @@ class Stopped(KeyboardInterrupt):
         self.step, self.terminated = step, terminated
 
 
-def steps_of(settings: Train, block: int) -> tuple[int, int]:
-    """Blocks per step and steps, both whole. Raises RecipeError if a step is shorter than a block."""
-    blocks = settings.tokens_per_step // block
-    if blocks < 1:
-        raise RecipeError(
-            f"distill.tokens_per_step = {settings.tokens_per_step} is less than data.block = {block}; "
-            f"a step holds at least one block"
-        )
-    return blocks, max(1, settings.tokens // (blocks * block))
-
-
 def train(
     run: Run,
     batches: StepBatches,
@@ -83,7 +73,7 @@ def train_together(
     """Trains students side by side on the same batches, each as if it were alone.
 
     Args:
-        runs: equal in tokens, tokens_per_step, micro_batch_tokens, seed and precision.
+        runs: equal in tokens_per_step, micro_batch_tokens, seed and precision; one may have more tokens than another.
         batches: ids [blocks, block + 1] of each step; labels are the ids one further on.
         block: tokens of a block.
         teacher: None trains on cross-entropy alone.
@@ -95,22 +85,23 @@ def train_together(
     rank, world = rank_and_world()
     device = default_device()
     settings = _common(runs)
-    blocks_per_step, steps = steps_of(settings, block)
-    step_tokens = blocks_per_step * block
+    schedule = Schedule.of(settings, block)
+    step_tokens = schedule.step_tokens
     if isinstance(teacher, OnlineTeacher):
         place_teacher(teacher, settings, device)
-    learners = [
-        Learner(run, block=block, steps=steps, step_tokens=step_tokens, device=device, world=world) for run in runs
-    ]
+    learners = [Learner(run, block=block, device=device, world=world) for run in runs]
+    steps = max(learner.steps for learner in learners)
     rows_at_once = max(1, (settings.micro_batch_tokens or 16_384) // block)
     # Under FSDP every process must go through the model equally often; the first has most rows.
-    parts_per_step = math.ceil(math.ceil(blocks_per_step / world) / rows_at_once)
+    parts_per_step = math.ceil(math.ceil(schedule.blocks_per_step / world) / rows_at_once)
     saved_at = time.monotonic()
 
     with _stop_requests() as stop, Bar(_title(runs), steps, quiet=quiet) as bar:
         for step in range(min(learner.done for learner in learners), steps):
             began = time.monotonic()
-            active = [learner for learner in learners if learner.done == step]
+            active = [learner for learner in learners if learner.done == step < learner.steps]
+            if not active:
+                continue
             ids, numbers = batches.rows(step, rank, world), batches.numbers(step, rank, world)
             inputs, labels = _labelled(ids, unscored_id)
             scored = float(step_tokens)
@@ -140,7 +131,9 @@ def train_together(
             stopping = any_process(stop.requested)
             due = any_process(time.monotonic() - saved_at >= settings.checkpoint_every)
             for learner in active:
-                if stopping or due or (learner.is_best and step + 1 < steps):
+                learner.save_branch()
+                ends_first = learner.done == learner.steps < steps
+                if stopping or due or ends_first or (learner.is_best and learner.done < learner.steps):
                     learner.save()
             saved_at = time.monotonic() if due else saved_at
             if stopping and step + 1 < steps:
@@ -153,7 +146,7 @@ def train_together(
 def _common(runs: Sequence[Run]) -> Train:
     """What the runs share. Raises RecipeError where they differ in it."""
     first = runs[0].settings
-    shared = ("tokens", "tokens_per_step", "micro_batch_tokens", "seed", "precision", "parallel", "checkpoint_every")
+    shared = ("tokens_per_step", "micro_batch_tokens", "seed", "precision", "parallel", "checkpoint_every")
     for run in runs[1:]:
         for key in shared:
             if getattr(run.settings, key) != getattr(first, key):

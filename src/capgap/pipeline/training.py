@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from capgap import distill, evaluate
 from capgap.cost import count_parameters, flops_per_token
 from capgap.data import Batches
-from capgap.distill.loop import steps_of
+from capgap.distill.schedule import Schedule
 from capgap.errors import DataError, RecipeError
 from capgap.files import hash_of, read_json, write_json
 from capgap.models import check_head, default_device, hash_model, load_model, new_model, save_model
@@ -20,6 +20,8 @@ from capgap.pipeline.stages import Corpus, is_done, lineage_of, versions
 from capgap.pipeline.teachers import Teachers
 from capgap.recipe import Train
 from capgap.records import RunRecord
+
+BRANCH = "branch"
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class Training:
         student_name, start_name: for the record.
         start_scale: parameters of the model that the student was cut from.
         tokens_before: that the larger students on its way were trained on.
+        condition: what sets it apart from other runs of the same models, for the record.
+        branched: whether runs of more tokens will go on from this one's `folder/branch`.
+        trunk: the folder of a run of fewer tokens and otherwise equal, to go on from; see `distill.Run.trunk`.
     """
 
     run: str
@@ -49,6 +54,9 @@ class Training:
     start_name: str | None = None
     start_scale: int | None = None
     tokens_before: int = 0
+    condition: str = ""
+    branched: bool = False
+    trunk: Path | None = None
 
 
 def train_stage(training: Training, corpus: Corpus, *, quiet: bool = False) -> RunRecord:
@@ -83,7 +91,7 @@ def train_stages(trainings: Sequence[Training], corpus: Corpus, *, quiet: bool =
             layers = any(training.settings.hidden_loss for training, _ in todo)
             teacher = distill.OnlineTeacher(*online, weights=teachers.weights, layers=layers)
         runs = [_run(training, corpus, given, online) for training, given in todo]
-        blocks, _ = steps_of(settings, corpus.block)
+        blocks = Schedule.of(settings, corpus.block).blocks_per_step
         batches = Batches(corpus.train, block=corpus.block, blocks_per_step=blocks, seed=settings.seed)
         came_of_it = distill.train_together(
             runs, batches, block=corpus.block, unscored_id=corpus.unscored_id, teacher=teacher, quiet=quiet
@@ -144,11 +152,13 @@ def _run(training: Training, corpus: Corpus, inputs: dict[str, Any], online: Seq
         student,
         settings,
         training.folder / "checkpoints",
-        inputs=inputs,
+        inputs={key: value for key, value in inputs.items() if key != "settings"},
         evaluate=score,
         title=training.run,
         hidden=hidden,
         flops_per_token=flops,
+        branch=training.folder / BRANCH if training.branched else None,
+        trunk=training.trunk / BRANCH if training.trunk else None,
     )
 
 
@@ -168,6 +178,8 @@ def _keep(
         start_scale=training.start_scale,
         tokens=trained.tokens,
         tokens_before=training.tokens_before,
+        tokens_taken_over=trained.tokens_taken_over,
+        condition=training.condition,
         seed=settings.seed,
         loss=trained.score.loss,
         start_loss=trained.start_loss,
