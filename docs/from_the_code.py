@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from capgap.anatomy import Grouped, Q, known_tables
 from capgap.recipe import FamilyPick, Mixed, Section, parse_count, parse_scale
+from capgap.study.spec import parse_budget
 
 log = logging.getLogger(__name__)
 _BASIC = {str: "text", bool: "true or false", int: "whole number", float: "number"}
@@ -40,6 +41,10 @@ def type_text(annotation: typing.Any, metadata: typing.Sequence[typing.Any] = ()
         text = "count or fraction"
     elif parse_count in parsers:
         text = "count"
+    elif parse_budget in parsers:
+        text = "count or tokens per parameter"
+    elif origin is dict:
+        text = "keys and values"
     elif origin is typing.Literal:
         text = " or ".join(f"`{value}`" for value in arguments)
     elif origin in (typing.Union, types.UnionType):

@@ -11,7 +11,8 @@ from capgap.progress import say
 from capgap.recipe import check
 from capgap.records import RunRecord
 from capgap.report import Report, law_of, write_report
-from capgap.study import Roles, StudySpec, run_study
+from capgap.study import Family, Grid, StudySpec, run_study
+from capgap.study.spec import NONE, RANDOM
 
 # Learning rates fall with width. Shallow, wide models and many small steps win at so few tokens.
 _MEMBERS = [
@@ -86,7 +87,7 @@ def run_demo(folder: Path, *, full: bool = False, tokens: int | None = None, wor
     """
     grid = demo_spec(full=full, tokens=tokens)
     say(
-        f"The law of capacity gap, measured: {len(grid.nano.members)} teachers, {len(grid.students)} students, "
+        f"The law of capacity gap, measured: {len(Family(grid).models)} teachers, {len(grid.students)} students, "
         f"{format_count(grid.distill.tokens)} tokens a run, {len(grid.seeds)} seed(s). All of it goes to {folder}."
     )
     records = run_study(grid, folder, workers=workers)
@@ -96,22 +97,17 @@ def run_demo(folder: Path, *, full: bool = False, tokens: int | None = None, wor
     # The pick is tested on a student that the law has not seen.
     index = len(grid.students)
     spec = grid.model_copy(update={"students": [*grid.students, check(_NOT_IN_GRID, type(grid.students[0]), "demo")]})
-    student = spec.scale(spec.student_config(index))
-    scales = {name: spec.scale(spec.nano.config(m, spec.data.block)) for name, m in spec.member_names().items()}
+    family = Family(spec)
+    student, name = family.scales[index], family.student_names[index]
+    scales = {model.name: model.scale for model in family.models.values()}
     pick, why = pick_teacher(law, student, scales)
     largest, nearest = max(scales, key=scales.__getitem__), min(scales, key=scales.__getitem__)
-    spec = _only_roles(
-        spec,
-        [
-            Roles(student=index, start=pick, teacher=pick),
-            Roles(student=index, start=largest, teacher=largest),
-            Roles(student=index, start=nearest, teacher=largest),
-            Roles(student=index),
-        ],
-    )
-    say(f"{spec.student_name(index)} was not in the grid: {why}")
+    ways = [(pick, pick), (largest, largest), (nearest, largest), (RANDOM, NONE)]
+    grids = [Grid(students=[index], starts=[start], teachers=[teacher]) for start, teacher in ways]
+    spec = spec.model_copy(update={"grids": [Grid(students=list(range(index))), *grids]})
+    say(f"{name} was not in the grid: {why}")
     everything = run_study(spec, folder, workers=workers)
-    tested = [r for r in everything if r.student == spec.student_name(index)]
+    tested = [r for r in everything if r.student == name]
     statements += [
         why,
         (
@@ -119,7 +115,7 @@ def run_demo(folder: Path, *, full: bool = False, tokens: int | None = None, wor
             "nano scale: the intervals are wide, and nothing here is evidence about models of billions of parameters."
         ),
     ]
-    in_grid = [r for r in everything if r.student != spec.student_name(index)]
+    in_grid = [r for r in everything if r.student != name]
     report = write_report(
         in_grid,
         folder / "report",
@@ -129,11 +125,6 @@ def run_demo(folder: Path, *, full: bool = False, tokens: int | None = None, wor
         comparison=tested,
     )
     return DemoResult(report, [*statements, *findings(tested, pick, largest, nearest)])
-
-
-def _only_roles(spec: StudySpec, roles: list[Roles]) -> StudySpec:
-    """The same study, in which the last student is trained in the given roles only."""
-    return spec.model_copy(update={"roles": roles, "grid_students": len(spec.students) - 1})
 
 
 def _law_if_any(records: list[RunRecord]) -> LawFit | None:

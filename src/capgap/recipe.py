@@ -34,6 +34,8 @@ def parse_count(value: Any) -> int:
 
 def parse_scale(value: Any) -> int | float:
     """A student's scale: a count of parameters (int), or a fraction such as 0.4x (float between 0 and 1)."""
+    if isinstance(value, float) and 0 < value < 1:
+        return value
     if isinstance(value, str) and value.strip().lower().endswith("x"):
         text = value.strip()[:-1]
         try:

@@ -15,6 +15,7 @@ from capgap.distill.processes import (
     sum_over_processes,
     wait_for_all,
 )
+from capgap.distill.schedule import Schedule
 from capgap.distill.sharding import bfloat16_wanted, shard, whole_weights
 from capgap.distill.teacher import OnlineTeacher, Teacher
 
@@ -26,6 +27,7 @@ __all__ = [
     "Objective",
     "OnlineTeacher",
     "Run",
+    "Schedule",
     "Stopped",
     "Sums",
     "Teacher",

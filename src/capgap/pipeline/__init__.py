@@ -2,7 +2,7 @@
 
 from capgap.pipeline.caching import cache_stage
 from capgap.pipeline.pruning import prune_stage
-from capgap.pipeline.run import RunResult, Stage, run_pretrain, run_recipe
+from capgap.pipeline.run import RunResult, Stage, run_pretrain, run_recipe, student_shape
 from capgap.pipeline.shapes import ShapeRow, compare_shapes
 from capgap.pipeline.stages import Corpus, open_corpus, score_model_stage, versions
 from capgap.pipeline.teachers import Teachers
@@ -22,6 +22,7 @@ __all__ = [
     "run_pretrain",
     "run_recipe",
     "score_model_stage",
+    "student_shape",
     "train_stage",
     "train_stages",
     "versions",

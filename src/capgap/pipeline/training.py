@@ -12,7 +12,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from capgap import distill, evaluate
 from capgap.cost import count_parameters, flops_per_token
 from capgap.data import Batches
-from capgap.distill.schedule import Schedule
 from capgap.errors import DataError, RecipeError
 from capgap.files import hash_of, read_json, write_json
 from capgap.models import check_head, default_device, hash_model, load_model, new_model, save_model
@@ -91,7 +90,7 @@ def train_stages(trainings: Sequence[Training], corpus: Corpus, *, quiet: bool =
             layers = any(training.settings.hidden_loss for training, _ in todo)
             teacher = distill.OnlineTeacher(*online, weights=teachers.weights, layers=layers)
         runs = [_run(training, corpus, given, online) for training, given in todo]
-        blocks = Schedule.of(settings, corpus.block).blocks_per_step
+        blocks = distill.Schedule.of(settings, corpus.block).blocks_per_step
         batches = Batches(corpus.train, block=corpus.block, blocks_per_step=blocks, seed=settings.seed)
         came_of_it = distill.train_together(
             runs, batches, block=corpus.block, unscored_id=corpus.unscored_id, teacher=teacher, quiet=quiet

@@ -1,178 +1,154 @@
-"""The study's queue of trials, kept by Optuna in an SQLite file: claimed one by one, handed back after a kill."""
+"""Where a study's queue is kept: an SQLite file in its folder, or a PostgreSQL database that many machines share."""
 
+import contextlib
+import functools
+import hashlib
 import os
-import socket
-from collections.abc import Iterable
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import optuna
-import psutil
+import sqlalchemy
 from filelock import FileLock
-from optuna.trial import FrozenTrial, TrialState
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.trial import TrialState
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
 
-from capgap import records
 from capgap.errors import StudyError
-from capgap.records import RunRecord
-from capgap.study.grid import Trial
+from capgap.progress import say
 
-_RECORDS = "records.jsonl"
-_WAITING, _RUNNING = TrialState.WAITING, TrialState.RUNNING
+PATIENCE = 600.0
+"""Seconds for which a storage that does not answer, as one that restarts, is asked again."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-class Queue:
-    """Trials of one study folder, shared by all processes of this machine.
+def patient(work: Callable[P, R]) -> Callable[P, R]:
+    """Does `work` again while the storage does not answer; it must do no harm when done twice."""
 
-    SQLite does not lock the row that is claimed, so a file lock does.
+    @functools.wraps(work)
+    def again(*args: P.args, **kwargs: P.kwargs) -> R:
+        attempts = Retrying(
+            retry=retry_if_exception_type((StorageInternalError, DBAPIError)),
+            wait=wait_exponential_jitter(multiplier=0.2, max=10.0),
+            stop=stop_after_delay(PATIENCE),
+            before_sleep=lambda state: say(f"the study's storage does not answer; attempt {state.attempt_number + 1}"),
+            reraise=True,
+        )
+        return attempts(work, *args, **kwargs)
+
+    return again
+
+
+class Storage:
+    """Optuna's storage of a study, and a lock that lets the processes of all machines take turns.
+
+    Args:
+        folder: of the study.
+        url: `postgresql://user@host/database`; None for `study.db` in the folder, which serves one machine.
+        name: of the study in the database.
+        heartbeat: seconds between two signs of life of a running trial.
+        grace: seconds without one after which it is taken to be dead.
+    Raises: StudyError if the URL is of another database, its driver is missing, or it does not answer.
     """
 
-    def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, url: str | None, name: str, *, heartbeat: int, grace: int):
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._lock = FileLock(folder / ".lock")
-        self._records = folder / _RECORDS
-        with self._lock:
-            self._storage = optuna.storages.RDBStorage(
-                f"sqlite:///{folder / 'study.db'}", engine_kwargs={"connect_args": {"timeout": 120}}
-            )
-            self._study = optuna.create_study(storage=self._storage, study_name="capgap", load_if_exists=True)
+        warnings.filterwarnings("ignore", category=ExperimentalWarning)
+        self.shared = url is not None
+        self.heartbeat = heartbeat
+        self._file_lock = FileLock(folder / ".lock")
+        self._key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
+        options: dict[str, Any] = {"connect_args": {"timeout": 120}}
+        if url is not None:
+            options = {"pool_pre_ping": True, "connect_args": {"connect_timeout": 10}}
+        place = f"sqlite:///{folder / 'study.db'}" if url is None else _postgresql(url)
+        try:
+            # Two processes that make the tables at one time would be in each other's way.
+            with self._file_lock:
+                self.rdb = optuna.storages.RDBStorage(
+                    place, engine_kwargs=options, heartbeat_interval=heartbeat, grace_period=grace
+                )
+                self.study = optuna.create_study(storage=self.rdb, study_name=name, load_if_exists=True)
+        except ImportError:
+            raise StudyError("a study in PostgreSQL needs psycopg; install capgap[postgresql]") from None
+        except (OperationalError, StorageInternalError) as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            raise StudyError(f"the study's storage {hidden(url or place)} does not answer: {reason}") from None
 
-    def add(self, trials: list[Trial]) -> None:
-        """Adds the trials that are not there yet."""
-        with self._lock:
-            known = {row.user_attrs["name"] for row in self._all()}
-            for trial in trials:
-                if trial.name not in known:
-                    self._study.enqueue_trial({}, user_attrs={"name": trial.name, "trial": trial.model_dump_json()})
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """A context that one process of all is in at a time."""
+        if not self.shared:
+            with self._file_lock:
+                yield
+            return
+        with self.rdb.engine.begin() as connection:
+            connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": self._key})
+            yield
 
-    def claim(self, most: int = 1) -> list[tuple[int, Trial]]:
-        """Claims the first trial whose needs are done, and such others as can be trained beside it.
-
-        The trials of workers that died meanwhile wait again first.
-
-        Args:
-            most: how many trials of one teacher and seed to claim.
-        Returns: each trial's number in the storage, and the trial; nothing if there is none just now.
-        """
-        with self._lock:
-            self._hand_back_of_the_dead()
-            rows = self._all()
-            done = {r.user_attrs["name"] for r in rows if r.state == TrialState.COMPLETE}
-            claimed: list[tuple[int, Trial]] = []
-            for row in rows:
-                trial = _trial(row)
-                if row.state != _WAITING or not set(trial.needs) <= done:
-                    continue
-                if claimed and not _same_teacher(trial, claimed[0][1]):
-                    continue
-                # The owner first: a kill between the two leaves a trial that waits, not one that nobody runs.
-                self._storage.set_trial_user_attr(row._trial_id, "worker", _me())
-                if self._storage.set_trial_state_values(row._trial_id, _RUNNING):
-                    claimed.append((row._trial_id, trial))
-                if len(claimed) == most:
-                    break
-        return claimed
-
-    def finish(self, number: int, record: RunRecord) -> None:
-        """The trial is done: its record is written, once, and its held-out loss is its value."""
-        with self._lock:
-            if record.run not in {r.run for r in self.records()}:
-                records.append(self._records, record)
-            self._storage.set_trial_state_values(number, TrialState.COMPLETE, [record.loss])
-
-    def records(self) -> list[RunRecord]:
-        """The records of the finished trials, in the order in which they were finished."""
-        return read_records(self._records.parent)
-
-    def fail(self, number: int, reason: str) -> None:
-        """The trial failed; those that need it, directly or not, are failed with it."""
-        with self._lock:
-            self._fail(number, reason)
-            rows = self._all()
-            failed = {_trial(row).name for row in rows if row.state == TrialState.FAIL}
-            for row in rows:  # each trial stands after what it needs
-                trial = _trial(row)
-                if row.state == _WAITING and failed.intersection(trial.needs):
-                    self._fail(row._trial_id, f"needs {', '.join(sorted(failed.intersection(trial.needs)))}")
-                    failed.add(trial.name)
-
-    def _fail(self, number: int, reason: str) -> None:
-        self._storage.set_trial_user_attr(number, "error", reason)
-        self._storage.set_trial_state_values(number, TrialState.FAIL)
-
-    def hand_back(self, numbers: Iterable[int]) -> None:
-        """Those of the trials that still run wait again; their checkpoints stay."""
-        with self._lock:
-            for number in numbers:
-                if self._storage.get_trial(number).state == _RUNNING:
-                    self._storage.set_trial_state_values(number, _WAITING)
-
-    def reclaim(self) -> list[str]:
-        """Hands back the trials of this machine's dead workers, and failed ones for another try; their names."""
-        with self._lock:
-            back = self._hand_back_of_the_dead()
-            for row in self.rows():
-                if row.state == TrialState.FAIL:
-                    self._study.enqueue_trial({}, user_attrs={k: row.user_attrs[k] for k in ("name", "trial")})
-                    back.append(row.user_attrs["name"])
-            return back
-
-    def _hand_back_of_the_dead(self) -> list[str]:
-        dead = [row for row in self._all() if row.state == _RUNNING and not _alive(row.user_attrs.get("worker"))]
-        for row in dead:
-            self._storage.set_trial_state_values(row._trial_id, _WAITING)
-        return [row.user_attrs["name"] for row in dead]
-
-    def rows(self) -> list[FrozenTrial]:
-        """The trials as Optuna keeps them; of one that was tried again, the last try."""
-        return list({row.user_attrs["name"]: row for row in self._all()}.values())
-
-    def unfinished(self) -> int:
-        """How many trials wait or run."""
-        return sum(row.state in (_WAITING, _RUNNING) for row in self.rows())
-
-    def raise_failures(self) -> None:
-        """Raises StudyError with every failed trial and its reason, if any failed."""
-        failed = [row for row in self.rows() if row.state == TrialState.FAIL]
-        if failed:
-            lines = [f"{row.user_attrs['name']}: {row.user_attrs.get('error', 'unknown')}" for row in failed]
-            raise StudyError(
-                f"{len(failed)} trials failed; the others are done; run again to retry\n" + "\n".join(lines)
-            )
-
-    def _all(self) -> list[FrozenTrial]:
-        return self._study.get_trials(deepcopy=False)
+    def close(self) -> None:
+        self.rdb.engine.dispose()
 
 
-def read_records(folder: Path) -> list[RunRecord]:
-    """A study's records, in the order in which its trials were finished; only reads."""
-    path = folder / _RECORDS
-    return records.read(path) if path.is_file() else []
+def _postgresql(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    if scheme not in ("postgresql", "postgres", "postgresql+psycopg") or not rest:
+        raise StudyError(f"storage = {hidden(url)!r}: give postgresql://user@host/database, or nothing for SQLite")
+    return f"postgresql+psycopg://{rest}"
 
 
-def _trial(row: FrozenTrial) -> Trial:
-    return Trial.model_validate_json(row.user_attrs["trial"])
-
-
-def _same_teacher(one: Trial, other: Trial) -> bool:
-    """Whether one pass of the teacher over one order of the text serves both trials."""
-    return one.kind == "distill" and (one.kind, one.teacher, one.seed) == (other.kind, other.teacher, other.seed)
-
-
-def _me() -> dict[str, Any]:
-    process = psutil.Process()
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": process.create_time()}
-
-
-def _alive(worker: dict[str, Any] | None) -> bool:
-    """Whether a worker lives; one of another host is taken to live, as it cannot be seen from here."""
-    if worker is None:
-        return False
-    if worker["host"] != socket.gethostname():
-        return True
+def hidden(url: str) -> str:
+    """The URL without its password."""
     try:
-        process = psutil.Process(worker["pid"])
-        # A killed process whose parent is gone may stay a zombie for ever, as in a container without an init.
-        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - worker["started"]) < 1.0
-    except psutil.NoSuchProcess:
-        return False
+        return sqlalchemy.make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        return url
+
+
+class Beats(Protocol):
+    """What can be kept alive: a storage of Optuna with heartbeats."""
+
+    def record_heartbeat(self, trial_id: int) -> None: ...
+
+    def get_trial(self, trial_id: int) -> optuna.trial.FrozenTrial: ...
+
+
+class Heart:
+    """A context in which claimed trials are kept alive from a thread of its own.
+
+    Attributes: lost: whether the storage gave one of them to somebody else meanwhile, as it had no sign of life for
+        too long. This process is interrupted then, so that nobody works on one trial twice.
+    """
+
+    def __init__(self, storage: Beats, ids: Sequence[int], seconds: float):
+        self._storage, self._ids, self._seconds = storage, list(ids), seconds
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self.lost = False
+
+    def __enter__(self) -> "Heart":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._seconds):
+            try:
+                for number in self._ids:
+                    if self._storage.get_trial(number).state == TrialState.FAIL:
+                        self.lost = True
+                        os.kill(os.getpid(), signal.SIGINT)
+                        return
+                    self._storage.record_heartbeat(number)
+            except (StorageInternalError, DBAPIError):
+                continue  # whoever waits for the storage says so

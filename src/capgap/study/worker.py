@@ -1,230 +1,252 @@
 """Runs a study's trials in worker processes; a study that was stopped or killed goes on where it was."""
 
+import contextlib
 import multiprocessing
+import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.context import SpawnProcess as Process
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from capgap.anatomy import Shape
-from capgap.cost import count_parameters
-from capgap.data import documents, load_tokenizer, train_tokenizer
 from capgap.errors import CapgapError, StudyError
-from capgap.files import atomic_folder, hash_of, read_json, write_json
-from capgap.models import load_config
-from capgap.pipeline import Corpus, Teachers, Training, open_corpus, prune_stage, train_stages
+from capgap.pipeline import Corpus
 from capgap.progress import say
 from capgap.records import RunRecord
-from capgap.study.grid import StudySpec, Trial, trials_of
-from capgap.study.storage import Queue
+from capgap.study.family import Family
+from capgap.study.folder import own, read_spec
+from capgap.study.queue import Claim, Queue
+from capgap.study.run_trial import open_study_corpus, run_on_devices, run_trials
+from capgap.study.spec import StudySpec
+from capgap.study.trials import Trial, trials_of
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 
 
+STOPPED = 3
+"""Exit status of a worker that was asked to stop."""
+
+
+class StudyStopped(KeyboardInterrupt):
+    """The study was asked to stop; its trials wait for whoever goes on."""
+
+    def __init__(self) -> None:
+        super().__init__("the study was stopped; the same command goes on from here")
+
+
 @dataclass(frozen=True)
-class Status:
-    """How far a study is: (name, state, loss or None) of each trial."""
+class Way:
+    """How a study is run here.
 
-    trials: list[tuple[str, str, float | None]]
+    Attributes:
+        storage: a PostgreSQL URL; None for SQLite in the study's folder.
+        workers: processes that each claim trials, and share the cores and devices.
+        processes: of one trial, under torchrun; 1 runs it in the worker.
+        heartbeat, grace: seconds between signs of life, and without one until a trial is given to another worker.
+    """
+
+    storage: str | None = None
+    workers: int = 1
+    processes: int = 1
+    heartbeat: int = 30
+    grace: int = 120
+
+    def queue(self, folder: Path, spec: StudySpec) -> Queue:
+        return Queue(
+            folder, self.storage, retries=spec.retries, heartbeat=self.heartbeat, grace=self.grace, name=spec.name
+        )
 
 
-def run_study(spec: StudySpec, folder: Path, *, workers: int = 1, quiet: bool = False) -> list[RunRecord]:
+def create_study(spec: StudySpec, folder: Path, way: Way = Way()) -> list[Trial]:
+    """Makes the study's folder and its queue of trials, and runs none of them; what is there stays.
+
+    Returns: all its trials. Raises: StudyError if the folder holds another study.
+    """
+    trials = trials_of(Family(spec))
+    own(spec, folder)
+    queue = way.queue(folder, spec)
+    queue.add(trials)
+    queue.close()
+    return trials
+
+
+def run_study(
+    spec: StudySpec,
+    folder: Path,
+    *,
+    workers: int = 1,
+    way: Way | None = None,
+    quiet: bool = False,
+) -> list[RunRecord]:
     """Runs every trial that is not done, in `workers` processes that share the cores.
+
+    Other machines may run the same study at the same time, over a storage that all reach and a folder that all see.
 
     Returns: the records of all finished trials, also in `folder/records.jsonl`.
     Raises: StudyError if trials failed (the others are done first), or the folder holds another study.
     """
-    _own(spec, folder)
-    queue = Queue(folder)
-    _open(spec, folder, quiet=quiet)
-    queue.add(trials_of(spec))
+    way = way or Way(workers=workers)
+    create_study(spec, folder, way)
+    open_study_corpus(spec, folder, quiet=quiet)
+    queue = way.queue(folder, spec)
     queue.reclaim()
+    queue.write_records()
     if queue.unfinished():
-        threads = max(1, torch.get_num_threads() // workers)
-        context = multiprocessing.get_context("spawn")
-        pool = [context.Process(target=work, args=(spec, folder, threads, quiet)) for _ in range(workers)]
-        for process in pool:
-            process.start()
-        _wait(pool)
-        if any(process.exitcode for process in pool) and queue.unfinished():
-            raise StudyError(f"{folder}: a worker died (exit codes {[p.exitcode for p in pool]}); run again to go on")
+        if way.workers == 1:
+            work_through(spec, folder, way, quiet=quiet)
+        else:
+            _work_in_processes(folder, way, quiet)
+    found = queue.write_records()
     queue.raise_failures()
-    return queue.records()
+    queue.close()
+    return found
 
 
-def _wait(pool: list) -> None:
-    """Waits for the workers; a Ctrl-C reaches them too, and they are given the time to write their checkpoints."""
+def _work_in_processes(folder: Path, way: Way, quiet: bool) -> None:
+    """Works in processes that share the cores. Raises StudyStopped, or StudyError if one of them died."""
+    threads = max(1, torch.get_num_threads() // way.workers)
+    context = multiprocessing.get_context("spawn")
+    pool = [context.Process(target=work, args=(folder, way, number, threads, quiet)) for number in range(way.workers)]
+    for process in pool:
+        process.start()
+    _wait(pool)
+    codes = [process.exitcode for process in pool]
+    if STOPPED in codes:
+        raise StudyStopped
+    if any(codes):
+        raise StudyError(f"{folder}: a worker died (exit codes {codes}); the same command goes on from here")
+
+
+def _wait(pool: Sequence[Process]) -> None:
+    """Waits for the workers; a request to stop is passed on, and they are given the time to write checkpoints."""
     try:
-        for process in pool:
-            process.join()
+        with asked_to_stop():
+            for process in pool:
+                process.join()
     except KeyboardInterrupt:
-        for process in pool:
-            process.join(30)
-            if process.is_alive():
-                process.kill()
-        raise
-    finally:
         for process in pool:
             if process.is_alive():
                 process.terminate()
+        for process in pool:
+            process.join(60)
+            process.kill()
+        raise StudyStopped from None
 
 
-def work(spec: StudySpec, folder: Path, threads: int, quiet: bool) -> None:
-    """One worker process."""
+@contextlib.contextmanager
+def asked_to_stop() -> Iterator[None]:
+    """Lets SIGTERM, with which schedulers ask to stop, interrupt as Ctrl-C does."""
+
+    def interrupt(*_: Any) -> None:
+        raise StudyStopped
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def work(folder: Path, way: Way, number: int, threads: int, quiet: bool) -> None:
+    """One worker process, the `number`th of this machine."""
+    if way.workers > 1 and (devices := torch.cuda.device_count()) > 1:
+        # Before CUDA is first used, so that each worker has a device of its own.
+        os.environ["CUDA_VISIBLE_DEVICES"] = _visible(devices, way, number)
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    work_through(spec, folder, quiet=quiet)
+    try:
+        work_through(read_spec(folder), folder, way, quiet=quiet)
+    except KeyboardInterrupt:
+        sys.exit(STOPPED)
 
 
-def work_through(spec: StudySpec, folder: Path, *, quiet: bool = False) -> None:
-    """Claims and runs trials until none is left."""
-    queue = Queue(folder)
-    corpus = _open(spec, folder, quiet=True)
-    while queue.unfinished():
-        claimed = queue.claim(spec.side_by_side)
-        if not claimed:
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
-            continue
-        try:
-            for (number, trial), outcome in _outcomes(spec, claimed, corpus, folder):
-                if isinstance(outcome, RunRecord):
-                    queue.finish(number, outcome)
-                    told = f"{outcome.loss:.4f} nats per token, {outcome.seconds:.0f} s"
-                else:
-                    queue.fail(number, str(outcome))
-                    told = f"failed: {outcome}"
-                if not quiet or not isinstance(outcome, RunRecord):
-                    done = sum(row.state.is_finished() for row in queue.rows())
-                    say(f"[{done}/{len(queue.rows())}] {trial.name}: {told}")
-        except KeyboardInterrupt:
-            queue.hand_back(number for number, _ in claimed)
-            return
+def _visible(devices: int, way: Way, number: int) -> str:
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices)))).split(",")
+    mine = range(number * way.processes, (number + 1) * way.processes)
+    return ",".join(names[i % len(names)] for i in mine)
 
 
-Claimed = list[tuple[int, Trial]]
+def work_through(spec: StudySpec, folder: Path, way: Way = Way(), *, quiet: bool = False) -> None:
+    """Claims and runs trials until none is left. Raises StudyStopped on SIGINT or SIGTERM, after a checkpoint."""
+    family, queue = Family(spec), way.queue(folder, spec)
+    corpus = open_study_corpus(spec, folder, quiet=True)
+    with asked_to_stop():
+        while queue.unfinished():
+            claims = queue.claim(spec.side_by_side)
+            if not claims:
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+                continue
+            with queue.alive(claims) as heart:
+                try:
+                    for claim, outcome in _outcomes(family, claims, corpus, folder, way):
+                        _settle(queue, claim, outcome, quiet)
+                except KeyboardInterrupt:
+                    queue.hand_back(claim.number for claim in claims)
+                    if not heart.lost:
+                        raise StudyStopped from None
+                    say("the storage took this worker for dead and gave its trials to others; it goes on with the next")
+    queue.close()
+
+
+def _settle(queue: Queue, claim: Claim, outcome: RunRecord | Exception, quiet: bool) -> None:
+    """Tells the queue, and the user, what came of a trial."""
+    if isinstance(outcome, RunRecord):
+        counts = queue.finish(claim.number, outcome)
+        told = f"{outcome.loss:.4f} nats per token, {outcome.seconds:.0f} s" if counts else "another worker had it"
+    else:
+        queue.fail(claim.number, str(outcome))
+        told = f"failed: {outcome}"
+    if not quiet or not isinstance(outcome, RunRecord):
+        rows = queue.rows()
+        done = sum(row.state.is_finished() for row in rows)
+        say(f"[{done}/{len(rows)}] {claim.trial.name}: {told}")
 
 
 def _outcomes(
-    spec: StudySpec, claimed: Claimed, corpus: Corpus, folder: Path
-) -> Iterator[tuple[tuple[int, Trial], RunRecord | Exception]]:
+    family: Family, claims: Sequence[Claim], corpus: Corpus, folder: Path, way: Way
+) -> Iterator[tuple[Claim, RunRecord | Exception]]:
     """Each trial with its record, or with why it failed: trials that fail side by side go on alone."""
+    trials = [claim.trial for claim in claims]
     try:
-        records = run_trials(spec, [trial for _, trial in claimed], corpus, folder)
-    except (CapgapError, RuntimeError, ValueError) as error:
-        if len(claimed) == 1:
-            yield claimed[0], error
+        if way.processes > 1:
+            records = run_on_devices(trials, folder, way.processes)
         else:
-            for one in claimed:
-                yield from _outcomes(spec, [one], corpus, folder)
+            records = run_trials(family, trials, corpus, folder)
+    except (CapgapError, RuntimeError, ValueError, OSError) as error:
+        if len(claims) == 1:
+            yield claims[0], error
+        else:
+            for one in claims:
+                yield from _outcomes(family, [one], corpus, folder, way)
     else:
-        yield from zip(claimed, records, strict=True)
+        yield from zip(claims, records, strict=True)
 
 
-def run_trials(spec: StudySpec, trials: Sequence[Trial], corpus: Corpus, folder: Path) -> list[RunRecord]:
-    """Runs trials side by side, each in `folder/runs/NAME`; several must share teacher, seed and kind."""
-    return train_stages([_training(spec, trial, corpus, folder) for trial in trials], corpus, quiet=True)
+@dataclass(frozen=True)
+class Status:
+    """How far a study is: (name, state, loss or None) of each trial, and of each failed one why."""
+
+    trials: list[tuple[str, str, float | None]]
+    errors: dict[str, str]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many trials are in each state."""
+        return dict(Counter(state for _, state, _ in self.trials))
 
 
-def _training(spec: StudySpec, trial: Trial, corpus: Corpus, folder: Path) -> Training:
-    place = folder / "runs" / trial.name
-    if trial.kind == "pretrain":
-        assert trial.member is not None
-        member = spec.member_names()[trial.member]
-        settings = spec.nano.pretrain.model_copy(update={"lr": member.lr})
-        config = spec.nano.config(member, corpus.block)
-        return Training(trial.name, "pretrain", config, settings, place, student_name=trial.name)
-    assert trial.student is not None
-    start_scale = None
-    if trial.start is None:
-        initial = spec.student_config(trial.student)
-    else:
-        start = _member_folder(folder, trial.start)
-        start_scale = count_parameters(load_config(start)).total
-        name = f"{spec.student_name(trial.student)}-from-{trial.start}"
-        initial = _pruned(spec, start, spec.student_shape(trial.student), corpus, folder, name)
-    teachers = None
-    if trial.teacher is not None:
-        teachers = Teachers((_member_folder(folder, trial.teacher),), names=(trial.teacher,))
-    return Training(
-        trial.name,
-        trial.kind,
-        initial,
-        spec.distill.model_copy(update={"seed": trial.seed}),
-        place,
-        teachers=teachers,
-        student_name=spec.student_name(trial.student),
-        start_name=trial.start,
-        start_scale=start_scale,
-    )
-
-
-def _pruned(spec: StudySpec, start: Path, shape: Shape, corpus: Corpus, folder: Path, name: str) -> Path:
-    place = folder / "pruned" / name
-    return prune_stage(start, shape, spec.prune, corpus, place, scores=start.parent / "scores", quiet=True)
-
-
-def _member_folder(folder: Path, name: str) -> Path:
-    return folder / "runs" / name / "model"
-
-
-def _open(spec: StudySpec, folder: Path, *, quiet: bool) -> Corpus:
-    tokenizer = _tokenizer(spec, folder)
-    return open_corpus(
-        spec.data,
-        tokenizer,
-        folder / "data",
-        held_out_tokens=spec.evaluate.tokens,
-        train_tokens=spec.train_tokens,
-        quiet=quiet,
-    )
-
-
-def _tokenizer(spec: StudySpec, folder: Path) -> PreTrainedTokenizerBase:
-    if spec.data.tokenizer:
-        return load_tokenizer(spec.data.tokenizer)
-    place = folder / "tokenizer"
-    if not place.is_dir():
-        tokenizer = train_tokenizer(_sample(spec), spec.nano.vocabulary)
-        with atomic_folder(place) as beside:
-            tokenizer.save_pretrained(beside)
-    return load_tokenizer(place)
-
-
-def _sample(spec: StudySpec, characters: int = 5_000_000) -> Iterator[str]:
-    seen = 0
-    for source in spec.data.train:
-        for document in documents(source):
-            yield document.text
-            seen += len(document.text)
-            if seen >= characters:
-                return
-
-
-def _own(spec: StudySpec, folder: Path) -> None:
-    """Marks the folder as this study's. More trials may join it; what its numbers rest on may not change."""
-    fixed = spec.model_dump(mode="json", exclude={"roles", "students", "seeds", "grid_students", "side_by_side"})
-    path = folder / "study.json"
-    if path.is_file():
-        if hash_of(read_json(path)["fixed"]) != hash_of(fixed):
-            raise StudyError(
-                f"{folder}: holds a study with other data, family or settings; give another folder, or remove this one"
-            )
-        return
-    write_json(path, {"fixed": fixed})
-
-
-def study_status(folder: Path) -> Status:
+def study_status(folder: Path, storage: str | None = None) -> Status:
     """The state of each trial. Raises StudyError if the folder holds no study."""
-    if not (folder / "study.db").is_file():
-        raise StudyError(f"{folder}: holds no study (no study.db)")
+    spec = read_spec(folder)
+    queue = Way(storage=storage).queue(folder, spec)
+    rows = queue.rows()
+    queue.close()
     return Status(
-        [
-            (row.user_attrs["name"], row.state.name.lower(), row.values[0] if row.values else None)
-            for row in Queue(folder).rows()
-        ]
+        [(row.user_attrs["name"], row.state.name.lower(), row.values[0] if row.values else None) for row in rows],
+        {row.user_attrs["name"]: row.user_attrs["error"] for row in rows if "error" in row.user_attrs},
     )

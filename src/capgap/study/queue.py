@@ -1,0 +1,283 @@
+"""The study's queue of trials: claimed one by one by any process of any machine, handed on when a worker dies."""
+
+import os
+import re
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState
+
+from capgap import records
+from capgap.errors import StudyError
+from capgap.records import RunRecord
+from capgap.study.storage import Heart, Storage, patient
+from capgap.study.trials import Trial
+
+RECORDS = "records.jsonl"
+DEATHS = 20
+"""Workers that may die over one trial, before it is taken to be what kills them."""
+_WAITING, _RUNNING, _FAILED = TrialState.WAITING, TrialState.RUNNING, TrialState.FAIL
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A trial that this process runs; `number` is that of the attempt in the storage."""
+
+    number: int
+    trial: Trial
+
+
+class Queue:
+    """The trials of one study.
+
+    Each attempt at a trial is a trial of Optuna's. An attempt that ended is never opened again: one whose worker died
+    fails, and another is made. So a worker that was taken for dead can finish nothing.
+
+    Args:
+        folder: of the study, on storage that all its machines see.
+        storage: a PostgreSQL URL; None for SQLite in the folder, for one machine.
+        name: of the study in a database; the folder's own name by default.
+        retries: further attempts at a trial that failed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        storage: str | None = None,
+        *,
+        name: str | None = None,
+        retries: int = 0,
+        heartbeat: int = 30,
+        grace: int = 120,
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._records, self._retries = folder / RECORDS, retries
+        called = name or (folder.resolve().name if storage else "capgap")
+        self.storage = Storage(folder, storage, called, heartbeat=heartbeat, grace=grace)
+        self._rdb, self._study = self.storage.rdb, self.storage.study
+
+    @patient
+    def add(self, trials: list[Trial]) -> None:
+        """Adds the trials that are not there yet."""
+        with self.storage.turn():
+            known = {_name(row) for row in self._all()}
+            for trial in trials:
+                if trial.name not in known:
+                    self._enqueue({"name": trial.name, "trial": trial.model_dump_json()})
+
+    @patient
+    def claim(self, most: int = 1) -> list[Claim]:
+        """Claims the first trial whose needs are done, and such others as can be trained beside it.
+
+        Args:
+            most: how many trials of one teacher and seed to claim.
+        Returns: nothing, if there is none just now.
+        """
+        with self.storage.turn():
+            self._settle()
+            rows = self.rows()
+            done = {_name(row) for row in rows if row.state == TrialState.COMPLETE}
+            ended = {_name(row) for row in rows if row.state.is_finished()}
+            claimed: list[Claim] = []
+            for row in rows:
+                if row.state != _WAITING:
+                    continue
+                trial = _trial(row)
+                if not set(trial.needs) <= done or not {trial.trunk} <= ended | {None}:
+                    continue
+                if claimed and not _same_teacher(trial, claimed[0].trial):
+                    continue
+                # The owner and a sign of life first: a kill in between leaves a trial that waits, not one that
+                # nobody runs.
+                self._rdb.set_trial_user_attr(row._trial_id, "worker", _me())
+                self._rdb.record_heartbeat(row._trial_id)
+                if self._rdb.set_trial_state_values(row._trial_id, _RUNNING):
+                    claimed.append(Claim(row._trial_id, trial))
+                if len(claimed) == most:
+                    break
+        return claimed
+
+    def alive(self, claims: Sequence[Claim]) -> Heart:
+        """A context that keeps the claims alive."""
+        return Heart(self._rdb, [claim.number for claim in claims], self.storage.heartbeat)
+
+    @patient
+    def finish(self, number: int, record: RunRecord) -> bool:
+        """The trial is done: its record is kept in the storage and written to the file, once.
+
+        Returns: whether it is this attempt that counts; False if the trial was given to somebody else meanwhile.
+        """
+        with self.storage.turn():
+            state = self._rdb.get_trial(number).state
+            if state == _RUNNING:
+                self._rdb.set_trial_user_attr(number, "record", record.model_dump_json())
+                self._rdb.set_trial_state_values(number, TrialState.COMPLETE, [record.loss])
+            elif state != TrialState.COMPLETE:
+                return False
+            if record.run not in self._written():
+                records.append(self._records, record)
+            return True
+
+    @patient
+    def write_records(self) -> list[RunRecord]:
+        """Writes to the file what is in the storage only, as after a kill; the records in the order of their ends."""
+        with self.storage.turn():
+            done = [row for row in self._all() if row.state == TrialState.COMPLETE]
+            written = self._written()
+            for row in sorted(done, key=lambda row: (row.datetime_complete, row.number)):
+                if _name(row) not in written:
+                    records.append(self._records, RunRecord.model_validate_json(row.user_attrs["record"]))
+        return read_records(self._records.parent)
+
+    @patient
+    def fail(self, number: int, reason: str) -> None:
+        """The attempt failed. The trial is tried again if it may be, else those that need it fail with it."""
+        with self.storage.turn():
+            self._fail(number, reason)
+            self._settle()
+
+    def _fail(self, number: int, reason: str | None = None) -> None:
+        try:
+            if reason is not None:
+                self._rdb.set_trial_user_attr(number, "error", reason)
+            self._rdb.set_trial_state_values(number, _FAILED)
+        except UpdateFinishedTrialError:
+            return  # somebody else saw it end
+
+    @patient
+    def hand_back(self, numbers: Iterable[int]) -> None:
+        """Those of the trials that still run wait again; their checkpoints stay."""
+        with self.storage.turn():
+            for number in numbers:
+                if self._rdb.get_trial(number).state == _RUNNING:
+                    self._rdb.set_trial_state_values(number, _WAITING)
+
+    @patient
+    def reclaim(self) -> list[str]:
+        """Has failed trials tried again, those that their workers left too; their names."""
+        with self.storage.turn():
+            self._settle()
+            failed = [row for row in self.rows() if row.state == _FAILED]
+            for row in failed:
+                self._enqueue({key: row.user_attrs[key] for key in ("name", "trial")})
+            return [_name(row) for row in failed]
+
+    def _settle(self) -> None:
+        """Fails the attempts of dead workers, makes new ones, and fails what needs a trial that failed for good."""
+        optuna.storages.fail_stale_trials(self._study)
+        for row in self.rows():
+            if row.state == _RUNNING and _known_dead(row.user_attrs.get("worker")):
+                self._fail(row._trial_id)
+        for row in self.rows():
+            if row.state == _FAILED and not self._is_final(row):
+                self._again(row)
+        rows = self.rows()
+        failed = {_name(row) for row in rows if row.state == _FAILED}
+        for row in rows:  # each trial stands after what it needs
+            trial = _trial(row)
+            if row.state == _WAITING and failed.intersection(trial.needs):
+                self._rdb.set_trial_user_attr(row._trial_id, "tries", self._retries)
+                self._fail(row._trial_id, f"needs {', '.join(sorted(failed.intersection(trial.needs)))}")
+                failed.add(trial.name)
+
+    def _is_final(self, row: FrozenTrial) -> bool:
+        return "error" in row.user_attrs and row.user_attrs.get("tries", 0) >= self._retries
+
+    def _again(self, row: FrozenTrial) -> None:
+        """Another attempt at a trial that failed, or whose worker died."""
+        attrs = row.user_attrs
+        died = "error" not in attrs
+        deaths, tries = attrs.get("deaths", 0) + died, attrs.get("tries", 0) + (not died)
+        number = self._enqueue({"name": attrs["name"], "trial": attrs["trial"], "deaths": deaths, "tries": tries})
+        if deaths > DEATHS:
+            self._rdb.set_trial_user_attr(number, "tries", self._retries)
+            self._fail(number, f"{deaths} workers died over it, as for want of memory")
+
+    def _enqueue(self, attrs: dict[str, Any]) -> int:
+        template = optuna.trial.create_trial(state=_WAITING, user_attrs=attrs)
+        return self._rdb.create_new_trial(self._study._study_id, template)
+
+    @patient
+    def rows(self) -> list[FrozenTrial]:
+        """The trials as Optuna keeps them, in the order in which they were added; of each the last attempt."""
+        return list({_name(row): row for row in self._all()}.values())
+
+    def unfinished(self) -> int:
+        """How many trials wait or run, or will be tried again."""
+        return sum(
+            row.state in (_WAITING, _RUNNING) or (row.state == _FAILED and not self._is_final(row))
+            for row in self.rows()
+        )
+
+    def raise_failures(self) -> None:
+        """Raises StudyError with every failed trial and its reason, if any failed."""
+        failed = [row for row in self.rows() if row.state == _FAILED]
+        if failed:
+            lines = [f"{_name(row)}: {row.user_attrs.get('error', 'its worker died')}" for row in failed]
+            raise StudyError(
+                f"{len(failed)} trials failed; the others are done; run again to retry\n" + "\n".join(lines)
+            )
+
+    def close(self) -> None:
+        self.storage.close()
+
+    def _all(self) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False)
+
+    def _written(self) -> set[str]:
+        """Names of the runs in the file; a cut last line is none."""
+        if not self._records.is_file():
+            return set()
+        content = self._records.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        return {name.decode() for name in re.findall(rb'^\{"run":"([^"]*)"', whole, re.MULTILINE)}
+
+
+def read_records(folder: Path) -> list[RunRecord]:
+    """A study's records, in the order in which its trials were finished; only reads."""
+    path = folder / RECORDS
+    return records.read(path) if path.is_file() else []
+
+
+def _name(row: FrozenTrial) -> str:
+    return row.user_attrs["name"]
+
+
+def _trial(row: FrozenTrial) -> Trial:
+    return Trial.model_validate_json(row.user_attrs["trial"])
+
+
+def _same_teacher(one: Trial, other: Trial) -> bool:
+    """Whether one pass of the teacher over one order of the text serves both trials."""
+    return one.kind == "distill" and all(
+        getattr(one, key) == getattr(other, key) for key in ("kind", "teacher", "seed", "distill")
+    )
+
+
+def _me() -> dict[str, Any]:
+    process = psutil.Process()
+    return {"host": _host(), "pid": os.getpid(), "started": process.create_time()}
+
+
+def _host() -> str:
+    """This machine or, where containers share one, this container: whoever sees the same processes."""
+    space = Path("/proc/self/ns/pid")
+    return socket.gethostname() + (f" {space.readlink()}" if space.is_symlink() else "")
+
+
+def _known_dead(worker: dict[str, Any] | None) -> bool:
+    """Whether a worker is seen to be dead from here; of those elsewhere their heartbeats tell."""
+    if worker is None or worker["host"] != _host():
+        return False
+    try:
+        process = psutil.Process(worker["pid"])
+        # A killed process whose parent is gone may stay a zombie for ever, as in a container without an init.
+        return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - worker["started"]) >= 1.0
+    except psutil.NoSuchProcess:
+        return True

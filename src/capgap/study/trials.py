@@ -1,0 +1,167 @@
+"""The trials that a study is made of."""
+
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field
+
+from capgap.cost import format_count
+from capgap.errors import StudyError
+from capgap.recipe import Prune, Section, Train, check
+from capgap.study.family import NEAREST, Family, Model
+from capgap.study.spec import ALL, NONE, RANDOM, TEACHER, Grid
+
+
+class Trial(Section):
+    """One training run of a study.
+
+    Attributes:
+        name: unique in the study.
+        kind: pretrain a member, distill a student, or train it without a teacher.
+        member: of a pretrain trial; student: index, of the others.
+        start, teacher: names of models; None for random weights, and for cross-entropy alone.
+        tokens: that it is trained on.
+        needs: names of the trials that must have succeeded before.
+        trunk: the trial with fewer tokens and otherwise equal whose constant part this one goes on from, if there is
+            one; it must have ended before.
+        condition, distill, prune: as in the grid it is of.
+    """
+
+    name: str
+    kind: Literal["pretrain", "distill", "scratch"]
+    member: str | None = None
+    student: int | None = None
+    start: str | None = None
+    teacher: str | None = None
+    seed: int
+    tokens: int
+    needs: list[str] = Field(default=[])
+    trunk: str | None = None
+    condition: str = ""
+    distill: dict[str, Any] = Field(default={})
+    prune: dict[str, Any] = Field(default={})
+
+
+def trials_of(family: Family) -> list[Trial]:
+    """All trials, each after what it needs: the members by falling cost, then the grids in their order.
+
+    Of a grid come the seeds one after the other, of a seed the budgets from small to large, and of a budget the
+    teachers from large to small.
+
+    Raises: StudyError where a grid names a model that is not there; ShapeError where a student cannot be cut.
+    """
+    spec = family.spec
+    trials = []
+    if spec.nano is not None:
+        pretrain = spec.nano.pretrain
+        trials = [
+            Trial(name=m.name, kind="pretrain", member=m.name, seed=pretrain.seed, tokens=pretrain.tokens)
+            for m in reversed(list(family.models.values()))
+        ]
+    for index, grid in enumerate(spec.grids):
+        trials += _of_grid(family, grid, f"grids.{index}")
+    return list({trial.name: trial for trial in trials}.values())
+
+
+def training_of(family: Family, trial: Trial) -> Train:
+    """The settings of the loop: the study's, with what the grid changes."""
+    return _changed(family.spec.distill, trial.distill, "distill").model_copy(
+        update={"seed": trial.seed, "tokens": trial.tokens}
+    )
+
+
+def pruning_of(family: Family, trial: Trial) -> Prune:
+    """How the student is cut: the study's way, with what the grid changes."""
+    return _changed(family.spec.prune, trial.prune, "prune")
+
+
+S = TypeVar("S", bound=Section)
+
+
+def _changed(section: S, changes: dict[str, Any], where: str) -> S:
+    return check({**section.model_dump(), **changes}, type(section), where) if changes else section
+
+
+def _of_grid(family: Family, grid: Grid, where: str) -> list[Trial]:
+    trials = []
+    cells = _cells(family, grid, where)
+    for seed in grid.seeds or family.spec.seeds:
+        rounds: dict[int, list[Trial]] = {}
+        for student, start, teacher in cells:
+            for place, trial in enumerate(_budgets(family, grid, student, start, teacher, seed)):
+                rounds.setdefault(place, []).append(trial)
+        for place in sorted(rounds):
+            trials += rounds[place]
+    for trial in trials[:1]:  # so that changes that are not valid are found before anything runs
+        training_of(family, trial)
+        pruning_of(family, trial)
+    return trials
+
+
+def _cells(family: Family, grid: Grid, where: str) -> list[tuple[int, Model | None, Model | None]]:
+    """(student, start, teacher), the large teachers first."""
+    cells = []
+    for student in range(len(family.spec.students)) if grid.students is None else grid.students:
+        cuttable = family.larger(student)
+        teaching = [m for m in family.models.values() if m.scale > NEAREST * family.scales[student]]
+        for teacher in _named(family, grid.teachers, teaching, f"{where}.teachers", (NONE,)):
+            for start in _named(family, grid.starts, cuttable, f"{where}.starts", (RANDOM, TEACHER)):
+                if start == TEACHER:
+                    start = teacher
+                    if teacher not in cuttable:
+                        continue
+                assert not isinstance(start, str)
+                assert not isinstance(teacher, str)
+                cells.append((student, start, teacher))
+    return sorted(cells, key=lambda cell: -(cell[2].scale if cell[2] else 0))
+
+
+def _named(
+    family: Family, names: list[str], larger: list[Model], where: str, words: tuple[str, ...]
+) -> list[Model | str | None]:
+    """The models that the names stand for; None stands for no model."""
+    found: list[Model | str | None] = []
+    for name in names:
+        if name == ALL:
+            found += larger
+        elif name in words:
+            found.append(TEACHER if name == TEACHER else None)
+        else:
+            model = family.model(name, where)
+            if model not in larger:
+                raise StudyError(f"{where} = {name!r}: not larger than every student of this grid; name fewer students")
+            found.append(model)
+    return list(dict.fromkeys(found))
+
+
+def _budgets(
+    family: Family, grid: Grid, student: int, start: Model | None, teacher: Model | None, seed: int
+) -> list[Trial]:
+    """The trials of one cell and seed, from the fewest tokens on, each going on from the one before."""
+    spec = family.spec
+    step = spec.distill.tokens_per_step
+    tokens = sorted({budget.of(family.scales[student], step) for budget in spec.budgets(grid)})
+    stem = (
+        f"{family.student_names[student]}-from-{start.name if start else RANDOM}-by-{teacher.name if teacher else NONE}"
+    )
+    stem += f"-{grid.condition}" if grid.condition else ""
+    branching = {**spec.distill.model_dump(), **grid.distill}["schedule"] == "wsd"
+    needs = sorted({m.name for m in (start, teacher) if m and m.member})
+    trials: list[Trial] = []
+    for count in tokens:
+        trials.append(
+            Trial(
+                name=f"{stem}-{format_count(count)}-seed{seed}",
+                kind="distill" if teacher else "scratch",
+                student=student,
+                start=start.name if start else None,
+                teacher=teacher.name if teacher else None,
+                seed=seed,
+                tokens=count,
+                needs=needs,
+                trunk=trials[-1].name if trials and branching else None,
+                condition=grid.condition,
+                distill=grid.distill,
+                prune=grid.prune,
+            )
+        )
+    return trials
