@@ -79,8 +79,10 @@ def default_text(field: FieldInfo) -> str:
         return "must be given"
     default = field.default
     assert default is not PydanticUndefined
-    if default is None:
+    if default is None or default == {}:
         return "none"
+    if isinstance(default, list) and default and isinstance(default[0], Section):
+        return "one with its own defaults"
     if isinstance(default, Section):
         return "its own defaults"
     if isinstance(default, str):

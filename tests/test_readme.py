@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
@@ -19,12 +20,13 @@ from torch.distributed.run import parse_args as parse_torchrun
 from capgap.cli import commands
 from capgap.demo import demo_spec
 from capgap.recipe import PretrainRecipe, Recipe, load
-from capgap.study import StudySpec
+from capgap.study import Family, StudySpec
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = dict.fromkeys(("pack", "shapes", "prune", "cache", "distil", "run"), Recipe) | {"pretrain": PretrainRecipe}
 RUN_FOR_REAL = ("plan", "law", "report")
+STUDY = [["study", name] for name in ("status", "resume", "report", "export")]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -98,14 +100,17 @@ def check_capgap(cli: typer.core.TyperGroup, place: Path, words: list[str]) -> N
     names, values = parse(cli, words)
     if names[0] in RECIPES:
         load(place / values["recipe"], RECIPES[names[0]], values["overrides"] or [])
-    elif names == ["study", "run"]:
-        load(place / values["study"], StudySpec)
+    elif names in (["study", "run"], ["study", "create"]):
+        study = values["study"]
+        assert values["output"] or study.parts[0] in ("runs", "/"), f"{study}: no folder is given"
+        if study.suffix and not study.is_absolute():
+            load(place / study, StudySpec)
     elif names[0] in RUN_FOR_REAL:
         # Both studies' records are copies of one file here.
         shown = run_capgap(place, tuple(word.replace("runs/nano/records", "capgap-demo/records") for word in words))
         assert "your own law" in shown or "--records" not in words
     else:
-        assert names in (["demo"], ["eval"], ["study", "status"]), f"capgap {' '.join(words)}: add a check"
+        assert names in (["demo"], ["eval"], *STUDY), f"capgap {' '.join(words)}: add a check"
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[f"{page}: {line}" for page, line in COMMANDS])
@@ -121,6 +126,14 @@ def test_command(cli, place, page, line):
     elif words[0] == "make":
         done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+    elif words[:2] == ["pip", "install"]:
+        extras = re.findall(r"capgap\[([\w,]+)\]", line)
+        known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        assert extras
+        assert set(extras[0].split(",")) <= set(known)
+    elif words[0] == "export":
+        name = words[1].partition("=")[0]
+        assert name in (ROOT / "src/capgap/cli/study.py").read_text()
     elif words[0] == "source":
         venv = re.search(r"^VENV := (.+)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
         assert venv
@@ -169,15 +182,20 @@ YAML = [(page.name, block) for page in PAGES for block in blocks(page, "yaml")]
 
 
 @pytest.mark.parametrize(("page", "block"), YAML, ids=[f"{page}-{i}" for i, (page, _) in enumerate(YAML)])
-def test_recipe(tmp_path, page, block):
-    """A whole recipe loads; of a part of one every key is valid."""
+def test_recipe(cli, place, tmp_path, page, block):
+    """A whole recipe loads; of a part of one, or of a study, every key is valid; a job's command is one of ours."""
     tree = yaml.safe_load(block)
+    if tree.get("kind") == "Job":
+        (container,) = tree["spec"]["template"]["spec"]["containers"]
+        assert container["command"][0] == "capgap"
+        check_capgap(cli, place, container["command"][1:])
+        return
     if "output" in tree:
         (tmp_path / "recipe.yaml").write_text(block)
         load(tmp_path / "recipe.yaml", Recipe)
         return
     for key, value in tree.items():
-        field = Recipe.model_fields[key]
+        field = (StudySpec if page == "studies.md" else Recipe).model_fields[key]
         whole = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
         TypeAdapter(whole).validate_python(value)
 
@@ -191,7 +209,7 @@ def test_the_recipe_in_the_readme_is_the_one_it_runs(tmp_path):
 def test_the_first_recipe_uses_a_model_that_the_demo_trains(place):
     teacher = Path(str(load(place / "first.yaml", Recipe).teacher))
     assert teacher.parts[:2] == ("capgap-demo", "runs")
-    assert teacher.parts[2] in demo_spec(full=False).member_names()
+    assert teacher.parts[2] in Family(demo_spec(full=False)).models
 
 
 def test_snippets_run(place):

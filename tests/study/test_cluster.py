@@ -37,7 +37,9 @@ class Cluster:
         self.nodes = [self.start() for _ in range(WORKERS)]
 
     def start(self) -> subprocess.Popen:
-        return subprocess.Popen(self.command, stdout=self.log, stderr=self.log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return subprocess.Popen(
+            self.command, stdout=self.log, stderr=self.log, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
 
     def kill_one(self, number: int) -> bool:
         """Kills a node where it stands; whether it was still at work."""
@@ -99,9 +101,7 @@ def test_six_workers_fifteen_kills_and_a_crashed_server_lose_nothing_and_do_noth
     queue.close()
     for record in records:
         assert record.loss == undisturbed[record.run].loss
-        assert [row.get("loss") for row in record.curve] == [
-            row.get("loss") for row in undisturbed[record.run].curve
-        ]
+        assert [row.get("loss") for row in record.curve] == [row.get("loss") for row in undisturbed[record.run].curve]
 
 
 def _lines(folder: Path) -> list[bytes]:

@@ -29,11 +29,11 @@ def test_a_scale_is_one_shape_in_every_start():
 def test_where_one_shape_is_not_possible_the_scale_stays():
     # The larger model has fewer neurons than the student has when cut from the smaller one.
     members = [{"hidden": 32, "neurons": 200, "lr": 1e-3}, {"hidden": 96, "neurons": 40, "lr": 1e-3}]
-    spec = study(students=[{"scale": "30k", "limits": {"neurons": [41, 200]}}])
-    nano = spec.nano.model_dump() | {"members": members}
+    nano = study().nano.model_dump() | {"members": members}
+    family = Family(study(nano=nano, students=[{"scale": "30k", "limits": {"neurons": [41, 200]}}]))
+    wide = list(family.models.values())[1]
     with pytest.raises(ShapeError, match="no legal shape"):
-        family = Family(study(nano=nano, students=[{"scale": "30k", "limits": {"neurons": [41, 200]}}]))
-        family.shape(0, list(family.models.values())[1])
+        family.shape(0, wide)
     family = Family(study(nano=nano, students=[{"scale": "30k"}]))
     shapes = [family.shape(0, model) for model in family.models.values()]
     assert shapes[0] != shapes[1]

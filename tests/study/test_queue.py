@@ -1,6 +1,5 @@
 """The queue: claims, hand-overs, heartbeats, retries; on SQLite, and on a real PostgreSQL where there is one."""
 
-import os
 import subprocess
 import sys
 import threading
@@ -24,7 +23,9 @@ def trials(**more):
 def record(run: str, loss: float = 1.0) -> RunRecord:
     more = {"bits_per_byte": 1, "flops": 1, "seconds": 1, "device": "", "recipe": {}, "versions": {}}
     hashes = {"recipe_hash": "", "data_hash": ""}
-    return RunRecord(run=run, kind="pretrain", student="s", student_scale=1, tokens=1, seed=0, loss=loss, **more, **hashes)
+    return RunRecord(
+        run=run, kind="pretrain", student="s", student_scale=1, tokens=1, seed=0, loss=loss, **more, **hashes
+    )
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -103,8 +104,9 @@ def test_a_worker_elsewhere_that_gives_no_sign_of_life_loses_its_trial(queue):
 
 def test_a_worker_that_lost_its_trial_is_interrupted(queue):
     [claim] = queue.claim()
-    with pytest.raises(KeyboardInterrupt), queue.alive([claim]) as heart:
-        queue._rdb.set_trial_state_values(claim.number, TrialState.FAIL)
+    heart = queue.alive([claim])
+    queue._rdb.set_trial_state_values(claim.number, TrialState.FAIL)
+    with pytest.raises(KeyboardInterrupt), heart:
         time.sleep(30)
     assert heart.lost
 
@@ -218,4 +220,4 @@ def test_a_storage_that_is_none_is_refused_without_its_password(tmp_path, url, m
     with pytest.raises(StudyError, match=message) as refused:
         Queue(tmp_path, url)
     assert "secret" not in str(refused.value)
-    assert os.listdir(tmp_path) in ([], [".lock"])
+    assert {path.name for path in tmp_path.iterdir()} <= {".lock"}

@@ -79,7 +79,7 @@ def test_of_students_side_by_side_the_one_that_fails_fails_alone(tmp_path, monke
         return whole(family, trials, corpus, folder)
 
     monkeypatch.setattr(worker, "run_trials", broken)
-    with pytest.raises(StudyError, match="2 trials failed; the others are done(.|\n)*it broke"):
+    with pytest.raises(StudyError, match=r"2 trials failed; the others are done(.|\n)*it broke"):
         run_study(spec, tmp_path, quiet=True)
     found = states(Queue(tmp_path))
     assert all((state == "fail") == name.startswith("s20k") for name, state in found.items())
@@ -123,7 +123,7 @@ def test_a_trial_may_be_two_processes_under_torchrun(tmp_path):
 def test_what_fails_under_torchrun_is_told(tmp_path):
     distill = {"tokens_per_step": 512, "tokens": 5120, "lr": 1e30, "max_skipped": 0}
     spec = study(distill=distill, retries=0, grids=[{"teachers": ["t30.2k"]}])
-    with pytest.raises(StudyError, match="torchrun ended with status 1: step .* not finite"):
+    with pytest.raises(StudyError, match=r"torchrun ended with status 1: step .* not finite"):
         run_study(spec, tmp_path, way=Way(processes=2), quiet=True)
 
 
