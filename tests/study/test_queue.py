@@ -165,6 +165,21 @@ def test_a_record_that_a_kill_kept_from_the_file_is_written_later(queue, tmp_pat
     assert len(queue.write_records()) == 2
 
 
+def test_a_study_whose_queue_was_lost_goes_on_from_its_records(tmp_path):
+    queue = Queue(tmp_path)
+    queue.add(trials())
+    [claim] = queue.claim()
+    queue.finish(claim.number, record(claim.trial.name, 3.0))
+    queue.close()
+    (tmp_path / "study.db").unlink()
+    queue = Queue(tmp_path)
+    queue.add(trials())
+    assert states(queue) == {t.name: "complete" if t.name == "t60.7k" else "waiting" for t in trials()}
+    assert [r.loss for r in queue.write_records()] == [3.0]
+    [other] = queue.claim()
+    assert other.trial.name == "t30.2k"
+
+
 def test_a_killed_worker_that_nobody_reaps_is_dead(tmp_path):
     queue = Queue(tmp_path)
     queue.add(trials())

@@ -1,6 +1,8 @@
 """plan, pack, pretrain, shapes, prune, cache, distil, eval, run, law, report, demo."""
 
 import itertools
+import math
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,17 +58,11 @@ def plan(
 ) -> None:
     """Names the teacher for a student. Example: capgap plan --student 3B --family llama-2 --tokens 126B"""
     from capgap.plan import make_plan
-    from capgap.records import read
 
-    own = _law(records, read(records)) if records else None
-    Console().print(
-        make_plan(
-            _count(student, "--student"),
-            family,
-            tokens=_count(tokens, "--tokens") if tokens else None,
-            law=own,
-        )
-    )
+    scale = _count(student, "--student")
+    budget = _count(tokens, "--tokens") if tokens else None
+    own = _law_for(records, scale, budget) if records else None
+    Console().print(make_plan(scale, family, tokens=budget, law=own))
 
 
 def pack(recipe: Recipe, overrides: Overrides = None) -> None:
@@ -199,16 +195,39 @@ def evaluate(
 def law(records: Annotated[Path, typer.Argument(help="A study's records.jsonl.")]) -> None:
     """Fits the law to a study's records. Example: capgap law capgap-demo/records.jsonl"""
     from capgap.records import read
-    from capgap.report import closing_table
+    from capgap.report import by_budget, closing_table
 
-    rows = read(records)
-    fitted = _law(records, rows)
     console = Console()
-    console.print(closing_table(rows, fitted))
-    for beside in fitted.beside_published():
-        console.print(f"{beside.quantity}: {beside.here} here, {beside.published} published; {beside.reading}")
-    for note in fitted.notes:
-        console.print(note)
+    budgets = by_budget(read(records)) or {"": read(records)}
+    for name, rows in budgets.items():
+        fitted = _law(records, rows)
+        if len(budgets) > 1:
+            console.print(f"[bold]At {name}[/bold]")
+        console.print(closing_table(rows, fitted))
+        for beside in fitted.beside_published():
+            console.print(f"{beside.quantity}: {beside.here} here, {beside.published} published; {beside.reading}")
+        for note in fitted.notes:
+            console.print(note)
+
+
+def _law_for(records: Path, student: int, tokens: int | None) -> "LawFit":
+    """The law of the runs whose tokens per parameter are nearest to the plan's, or of the budget with most runs."""
+    from capgap.records import read
+    from capgap.report import by_budget
+
+    budgets = list(by_budget(read(records)).values()) or [read(records)]
+    chosen = max(budgets, key=len)
+    if tokens is not None and len(budgets) > 1:
+        wanted = math.log(tokens / student)
+        chosen = min(
+            budgets, key=lambda rows: abs(statistics.mean(math.log(r.tokens / r.student_scale) for r in rows) - wanted)
+        )
+        ratio = statistics.geometric_mean(r.tokens / r.student_scale for r in chosen)
+        print(
+            f"{records}: the law of its runs of about {ratio:.2g} tokens per parameter; "
+            f"yours has {tokens / student:.2g}"
+        )
+    return _law(records, chosen)
 
 
 def _law(records: Path, rows: "list[RunRecord]") -> "LawFit":

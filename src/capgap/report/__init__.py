@@ -3,11 +3,12 @@
 from capgap.report.figures import law_figure, loss_against_teacher, roles_figure, training_curves
 from capgap.report.page import write_page
 from capgap.report.report import Report, closing_table, law_of, write_report
-from capgap.report.rows import RoleBar, observations_of, role_bars
+from capgap.report.rows import RoleBar, by_budget, observations_of, role_bars
 
 __all__ = [
     "Report",
     "RoleBar",
+    "by_budget",
     "closing_table",
     "law_figure",
     "law_of",

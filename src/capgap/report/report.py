@@ -15,7 +15,9 @@ from capgap.report.page import Figure, Table, write_page
 from capgap.report.rows import (
     RoleBar,
     Row,
+    by_budget,
     fittable,
+    is_coupled,
     law_rows,
     measured,
     names_of,
@@ -68,6 +70,14 @@ def write_report(
     folder, observations, names = Path(folder), observations_of(records), names_of(records)
     everything = list({r.run: r for r in [*records, *comparison]}.values())
     said = list(statements)
+    budgets = by_budget(records)
+    if len(budgets) > 1:
+        budget = max(reversed(budgets), key=lambda name: len(budgets[name]))
+        others = ", ".join(f"{name} ({len(runs)} runs)" for name, runs in budgets.items() if name != budget)
+        said.append(f"The law and the losses over teachers are those at {budget}; there are also runs at {others}.")
+        chosen = {r.run for r in budgets[budget]}
+        records = [r for r in records if not is_coupled(r) or r.run in chosen]
+        observations = observations_of(records)
     if law is None:
         law, reasons = _fit(records)
         said += reasons

@@ -22,12 +22,28 @@ def is_apart(record: RunRecord) -> bool:
     return record.kind == "distill" and record.start != record.teacher
 
 
+def by_budget(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+    """The runs of the paper's way by the tokens they were trained on, from few to many.
+
+    Runs under a condition of their own are left out. Budgets are told by tokens, such as `3M tokens`, or where those
+    differ from student to student more than tokens per parameter do, by these, such as `30 tokens per parameter`.
+    """
+    mine = [r for r in records if is_coupled(r) and not r.condition]
+    ratios = {r.run: float(f"{r.tokens / r.student_scale:.2g}") for r in mine}
+    per_parameter = len(set(ratios.values())) < len({r.tokens for r in mine})
+    found: dict[float, list[RunRecord]] = {}
+    for r in mine:
+        found.setdefault(ratios[r.run] if per_parameter else r.tokens, []).append(r)
+    unit = "tokens per parameter" if per_parameter else "tokens"
+    return {f"{scale_text(budget)} {unit}": found[budget] for budget in sorted(found)}
+
+
 def observations_of(records: Sequence[RunRecord]) -> list[Observation]:
-    """The coupled runs as observations: scales in parameters, losses in nats per token."""
+    """The runs of the paper's way as observations: scales in parameters, losses in nats per token."""
     return [
         Observation(float(r.student_scale), float(r.teacher_scale), r.loss, r.seed)
         for r in records
-        if is_coupled(r) and r.teacher_scale is not None
+        if is_coupled(r) and r.teacher_scale is not None and not r.condition
     ]
 
 

@@ -64,12 +64,16 @@ class Queue:
 
     @patient
     def add(self, trials: list[Trial]) -> None:
-        """Adds the trials that are not there yet."""
+        """Adds the trials that are not there yet; those that have a record in the file are done.
+
+        So a study goes on from its records alone, where its queue was lost or stayed on another machine.
+        """
         with self.storage.turn():
             known = {_name(row) for row in self._all()}
+            found = {record.run: record for record in read_records(self._records.parent)}
             for trial in trials:
                 if trial.name not in known:
-                    self._enqueue({"name": trial.name, "trial": trial.model_dump_json()})
+                    self._enqueue({"name": trial.name, "trial": trial.model_dump_json()}, found.get(trial.name))
 
     @patient
     def claim(self, most: int = 1) -> list[Claim]:
@@ -199,8 +203,11 @@ class Queue:
             self._rdb.set_trial_user_attr(number, "tries", self._retries)
             self._fail(number, f"{deaths} workers died over it, as for want of memory")
 
-    def _enqueue(self, attrs: dict[str, Any]) -> int:
+    def _enqueue(self, attrs: dict[str, Any], record: RunRecord | None = None) -> int:
         template = optuna.trial.create_trial(state=_WAITING, user_attrs=attrs)
+        if record is not None:
+            attrs = {**attrs, "record": record.model_dump_json()}
+            template = optuna.trial.create_trial(value=record.loss, user_attrs=attrs)
         return self._rdb.create_new_trial(self._study._study_id, template)
 
     @patient
