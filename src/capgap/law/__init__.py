@@ -1,5 +1,6 @@
 """The law of capacity gap: published, and fitted to a study's losses."""
 
+from capgap.law.busbridge import PUBLISHED_SECOND, Alone, SecondFit, SecondLaw, Taught, fit_second_law
 from capgap.law.fit import fit_law, law_from_dict
 from capgap.law.lawfit import Beside, Estimate, LawFit, Observation, Prediction, StudentOptimum
 from capgap.law.optimum import Optimum, find_optimum
@@ -7,6 +8,8 @@ from capgap.law.published import PUBLISHED, PublishedLaw, PublishedPick, publish
 
 __all__ = [
     "PUBLISHED",
+    "PUBLISHED_SECOND",
+    "Alone",
     "Beside",
     "Estimate",
     "LawFit",
@@ -15,9 +18,13 @@ __all__ = [
     "Prediction",
     "PublishedLaw",
     "PublishedPick",
+    "SecondFit",
+    "SecondLaw",
     "StudentOptimum",
+    "Taught",
     "find_optimum",
     "fit_law",
+    "fit_second_law",
     "law_from_dict",
     "published_teacher",
     "scale_text",
