@@ -143,8 +143,8 @@ def test_model_folder(place, damage, message):
         (["run", "none.yaml"], "none.yaml: no such recipe"),
         (["plan", "--student", "big", "--family", "llama-2"], "--student: 'big' is not a count"),
         (["plan", "--student", "3B", "--family", "lama"], "lama"),
-        (["law", "none.jsonl"], "none.jsonl: no such file"),
-        (["law", "good.jsonl"], "good.jsonl line 1: not a run record"),
+        (["law", "fit", "none.jsonl"], "none.jsonl: no such file"),
+        (["law", "fit", "good.jsonl"], "good.jsonl line 1: not a run record"),
         (["study", "status", "model"], "model: holds no study"),
     ],
 )

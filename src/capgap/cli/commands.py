@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from capgap.cli import study
-from capgap.errors import LawError, RecipeError
+from capgap.cli import law, study
+from capgap.errors import RecipeError
 
 if TYPE_CHECKING:
     from capgap.law import LawFit
     from capgap.pipeline import RunResult, Stage
-    from capgap.records import RunRecord
 
 Recipe = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value with dotted keys, over the recipe's own.")]
@@ -33,9 +32,9 @@ def register(app: typer.Typer) -> None:
         ("distil", distil),
         ("eval", evaluate),
         ("run", run),
-        ("law", law),
     ):
         app.command(name)(command)
+    app.add_typer(law.app, name="law")
     app.add_typer(study.app, name="study")
     app.command("report")(report)
     app.command("demo")(demo)
@@ -192,24 +191,6 @@ def evaluate(
     )
 
 
-def law(records: Annotated[Path, typer.Argument(help="A study's records.jsonl.")]) -> None:
-    """Fits the law to a study's records. Example: capgap law capgap-demo/records.jsonl"""
-    from capgap.records import read
-    from capgap.report import by_budget, closing_table
-
-    console = Console()
-    budgets = by_budget(read(records)) or {"": read(records)}
-    for name, rows in budgets.items():
-        fitted = _law(records, rows)
-        if len(budgets) > 1:
-            console.print(f"[bold]At {name}[/bold]")
-        console.print(closing_table(rows, fitted))
-        for beside in fitted.beside_published():
-            console.print(f"{beside.quantity}: {beside.here} here, {beside.published} published; {beside.reading}")
-        for note in fitted.notes:
-            console.print(note)
-
-
 def _law_for(records: Path, student: int, tokens: int | None) -> "LawFit":
     """The law of the runs whose tokens per parameter are nearest to the plan's, or of the budget with most runs."""
     from capgap.records import read
@@ -227,16 +208,7 @@ def _law_for(records: Path, student: int, tokens: int | None) -> "LawFit":
             f"{records}: the law of its runs of about {ratio:.2g} tokens per parameter; "
             f"yours has {tokens / student:.2g}"
         )
-    return _law(records, chosen)
-
-
-def _law(records: Path, rows: "list[RunRecord]") -> "LawFit":
-    from capgap.report import law_of
-
-    try:
-        return law_of(rows)
-    except LawError as error:
-        raise LawError(f"{records}: {error}") from None
+    return law.law_of_file(records, chosen)
 
 
 def report(

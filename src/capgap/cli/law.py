@@ -1,0 +1,116 @@
+"""law fit."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from capgap.errors import LawError
+
+if TYPE_CHECKING:
+    from capgap.law import Estimate, LawFit, Observation
+    from capgap.records import RunRecord
+
+app = typer.Typer(no_args_is_help=True, help="Fits the law of capacity gap.")
+
+
+@app.command("fit")
+def fit(
+    table: Annotated[
+        Path, typer.Argument(help="A study's records.jsonl; or a .csv, .tsv, .jsonl or .parquet of losses or optima.")
+    ],
+) -> None:
+    """Fits the law to a study's records, or to any table. Example: capgap law fit capgap-demo/records.jsonl
+
+    A table has columns student and teacher (parameters, such as 28M), loss (nats per token) and, where a pair has
+    several runs, seed and tokens. Without losses its rows are optima, as a paper prints them.
+    """
+    from capgap.law import LossTable, read_table
+    from capgap.report import by_budget
+
+    console = Console()
+    if is_of_records(table):
+        from capgap.records import read
+
+        records = read(table)
+        budgets = by_budget(records) or {"": records}
+        for name, rows in budgets.items():
+            _show(console, name if len(budgets) > 1 else "", rows, law_of_file(table, rows))
+        return
+    found = read_table(table)
+    if isinstance(found, LossTable):
+        for name, observations in found.budgets.items():
+            _show(console, name, [], _fitted(table, observations))
+        return
+    _show_line(console, table, found.students, found.teachers)
+
+
+def is_of_records(path: Path) -> bool:
+    """Whether a file is of a study's records, judged by its first line, and whatever claims to be one."""
+    if path.name == "records.jsonl" or not path.is_file() or path.suffix != ".jsonl":
+        return path.suffix == ".jsonl"
+    with path.open("rb") as file:
+        try:
+            first = json.loads(file.readline())
+        except ValueError:
+            return True  # reading the records says what is wrong
+    return not isinstance(first, dict) or "recipe_hash" in first
+
+
+def law_of_file(path: Path, rows: "list[RunRecord]") -> "LawFit":
+    """The law of some of a file's records. Raises LawError that names the file."""
+    from capgap.report import law_of
+
+    try:
+        return law_of(rows)
+    except LawError as error:
+        raise LawError(f"{path}: {error}") from None
+
+
+def _fitted(path: Path, observations: "list[Observation]") -> "LawFit":
+    from capgap.law import fit_law
+
+    try:
+        return fit_law(observations)
+    except LawError as error:
+        raise LawError(f"{path}: {error}") from None
+
+
+def _show(console: Console, budget: str, rows: "list[RunRecord]", fitted: "LawFit") -> None:
+    from capgap.report import closing_table
+
+    if budget:
+        console.print(f"[bold]At {budget}[/bold]")
+    console.print(closing_table(rows, fitted))
+    for beside in fitted.beside_published():
+        console.print(f"{beside.quantity}: {beside.here} here, {beside.published} published; {beside.reading}")
+    for note in fitted.notes:
+        console.print(note)
+
+
+def _show_line(console: Console, path: Path, students: list[float], teachers: list[float]) -> None:
+    from capgap.law import PUBLISHED, fit_optima
+
+    try:
+        line = fit_optima(students, teachers)
+    except LawError as error:
+        raise LawError(f"{path}: {error}") from None
+    level = f"{line.level:.0%} t interval"
+    console.print(f"through {line.optima} optima, by least squares ({level}s in brackets)")
+    console.print(f"slope a: {_words(line.slope)}; published {PUBLISHED.slope}")
+    millions = [None if v is None else v / 1e6 for v in (line.intercept.value, line.intercept.low, line.intercept.high)]
+    shown = f"{millions[0]:.3f}" + (f" ({millions[1]:.3f} to {millions[2]:.3f})" if millions[1] is not None else "")
+    console.print(f"intercept b, millions: {shown}; published {PUBLISHED.intercept / 1e6:.3f}")
+    if line.r_squared is not None:
+        console.print(f"R²: {line.r_squared:.4f}; published {PUBLISHED.r_squared}")
+    console.print(f"ratio T*/S: {_words(line.ratio)}; published about 2.5")
+    tested = "" if line.p_linear is None else f"; p = {line.p_linear:.3g} that it is 1"
+    console.print(f"exponent of S: {_words(line.exponent)}{tested}")
+
+
+def _words(estimate: "Estimate") -> str:
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:.3f}"
+    return f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"

@@ -1,0 +1,34 @@
+"""`capgap law fit` on a table typed from the paper's constants, and on losses."""
+
+import numpy as np
+
+from shell import capgap_here
+
+
+def test_a_table_of_the_papers_constants_returns_them(tmp_path):
+    students = [28, 64, 160, 400, 560, 1100]
+    rows = [f"{s}M,{round(2.498 * s - 11.498, 3)}M" for s in students]
+    (tmp_path / "paper.csv").write_text("\n".join(["student,teacher", *rows]) + "\n")
+    shown = capgap_here("law", "fit", "paper.csv", cwd=tmp_path).stdout
+    assert "slope a: 2.498 (2.498 to 2.498); published 2.498" in shown
+    assert "intercept b, millions: -11.498" in shown
+    assert "R²: 1.0000" in shown
+
+
+def test_losses_about_the_papers_optima_return_its_constants(tmp_path):
+    lines = ["student,teacher,loss"]
+    for s in (28, 64, 160, 400, 560, 1100):
+        best = 2.498 * s - 11.498
+        for ratio in np.geomspace(0.4, 2.5, 9):
+            lines.append(f"{s}M,{round(best * ratio, 3)}M,{3 + 0.05 * np.log(ratio) ** 2}")
+    (tmp_path / "losses.csv").write_text("\n".join(lines) + "\n")
+    shown = capgap_here("law", "fit", "losses.csv", cwd=tmp_path).stdout
+    assert "slope a: 2.498" in shown
+    assert "intercept b, millions: -11.5" in shown
+
+
+def test_what_is_wrong_names_the_file(tmp_path):
+    (tmp_path / "one.csv").write_text("student,teacher\n28M,70M\n")
+    done = capgap_here("law", "fit", "one.csv", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "one.csv: 1 student scale is given; a line needs at least two" in done.stderr
