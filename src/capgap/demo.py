@@ -90,7 +90,7 @@ def run_demo(folder: Path, *, full: bool = False, tokens: int | None = None, wor
         f"The law of capacity gap, measured: {len(Family(grid).models)} teachers, {len(grid.students)} students, "
         f"{format_count(grid.distill.tokens)} tokens a run, {len(grid.seeds)} seed(s). All of it goes to {folder}."
     )
-    records = run_study(grid, folder, workers=workers)
+    records = run_study(grid, folder, workers=workers, again=True)
     statements = [family_statement(records)]
     law = _law_if_any(records)
 
@@ -106,7 +106,7 @@ def run_demo(folder: Path, *, full: bool = False, tokens: int | None = None, wor
     grids = [Grid(students=[index], starts=[start], teachers=[teacher]) for start, teacher in ways]
     spec = spec.model_copy(update={"grids": [Grid(students=list(range(index))), *grids]})
     say(f"{name} was not in the grid: {why}")
-    everything = run_study(spec, folder, workers=workers)
+    everything = run_study(spec, folder, workers=workers, again=True)
     tested = [r for r in everything if r.student == name]
     statements += [
         why,

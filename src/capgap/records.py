@@ -74,7 +74,7 @@ def append(path: Path, record: RunRecord) -> None:
     line = (record.model_dump_json() + "\n").encode()
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_cut_line(path)
+        mend(path)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             os.write(descriptor, line)
@@ -83,7 +83,7 @@ def append(path: Path, record: RunRecord) -> None:
             os.close(descriptor)
 
 
-def _drop_cut_line(path: Path) -> None:
+def mend(path: Path) -> None:
     """Ends or removes a last line without its end, which a crash left: nothing must be glued onto it."""
     if not path.is_file():
         return

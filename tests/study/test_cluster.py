@@ -93,7 +93,7 @@ def test_six_workers_fifteen_kills_and_a_crashed_server_lose_nothing_and_do_noth
     assert statuses == [0] * WORKERS, (tmp_path / "nodes.log").read_text()[-3000:]
     records = read_records(folder)
     assert Counter(r.run for r in records) == names
-    queue = Queue(folder, postgresql.url)
+    queue = Queue(folder, postgresql.url, name="cluster")
     attempts = Counter(row.user_attrs["name"] for row in queue._all() if row.state.name == "COMPLETE")
     assert attempts == names
     assert {row.state.name for row in queue.rows()} == {"COMPLETE"}

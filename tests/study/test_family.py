@@ -42,6 +42,23 @@ def test_where_one_shape_is_not_possible_the_scale_stays():
         assert abs(found / 30_000 - 1) <= 0.01
 
 
+def test_where_the_smallest_cannot_be_cut_the_next_can():
+    family = Family(study(students=[{"scale": "20k", "limits": {"hidden": [33, 48]}}]))
+    assert [model.name for model in family.larger(0)] == ["t60.7k"]
+
+
+def test_models_that_tie_their_tables_and_models_that_do_not_give_students_of_one_scale(tmp_path):
+    members = Family(study()).models
+    tied, untied = members["t30.2k"].config, members["t60.7k"].config
+    untied.tie_word_embeddings = False
+    for name, config in (("tied", tied), ("untied", untied)):
+        new_model(config, seed=0).save_pretrained(tmp_path / name)
+    data = study().model_dump(mode="json", exclude_defaults=True)["data"] | {"tokenizer": "none"}
+    family = Family(study(nano=None, data=data, teachers=[str(tmp_path / n) for n in ("tied", "untied")]))
+    for start in family.models.values():
+        assert abs(count_parameters(family.config(0, start)).total / 15_000 - 1) <= 0.01
+
+
 def test_an_explicit_shape_is_cut_only_from_what_holds_it():
     family = Family(study(students=[{"hidden": 40, "kv_heads": 2, "neurons": 64}]))
     assert [model.name for model in family.larger(0)] == ["t60.7k"]

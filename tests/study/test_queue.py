@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 from capgap.errors import StudyError
 from capgap.records import RunRecord
-from capgap.study import Family, Queue, trials_of
+from capgap.study import Claim, Family, Queue, trials_of
 from capgap.study.queue import DEATHS, _host
 from study.small import states, study
 
@@ -37,21 +37,21 @@ def queue(request, tmp_path):
     made.close()
 
 
-def owned_by(queue: Queue, number: int, **owner) -> None:
-    queue._rdb.set_trial_user_attr(number, "worker", owner)
+def owned_by(queue: Queue, claim: Claim, **owner) -> None:
+    queue._rdb.set_trial_user_attr(claim.number, "worker", {**owner, "token": claim.token})
 
 
 def test_a_claimed_trial_is_claimed_once_and_goes_on_elsewhere_when_its_worker_is_dead(queue):
     [first], [second] = queue.claim(), queue.claim()
     assert first.trial.name != second.trial.name
     assert queue.claim() == []  # the students wait for their teachers
-    owned_by(queue, first.number, host=_host(), pid=2**22, started=0)
+    owned_by(queue, first, host=_host(), pid=2**22, started=0)
     [again] = queue.claim()
     assert again.trial == first.trial
     assert again.number != first.number
     # Whoever was taken for dead, and was not, finishes nothing.
-    assert not queue.finish(first.number, record(first.trial.name))
-    assert queue.finish(again.number, record(first.trial.name))
+    assert not queue.finish(first, record(first.trial.name))
+    assert queue.finish(again, record(first.trial.name))
     assert [r.run for r in queue.write_records()] == [first.trial.name]
 
 
@@ -66,7 +66,7 @@ def test_many_at_once_claim_each_trial_once(queue, tmp_path):
     for name in ("t60.7k", "t30.2k"):
         [claim] = queue.claim()
         assert claim.trial.name == name
-        queue.finish(claim.number, record(name))
+        queue.finish(claim, record(name))
     found, url = [], str(queue._rdb.engine.url.render_as_string(hide_password=False))
     url = url.replace("+psycopg", "") if url.startswith("postgresql") else None
 
@@ -87,7 +87,7 @@ def test_many_at_once_claim_each_trial_once(queue, tmp_path):
 def test_a_worker_elsewhere_that_gives_no_sign_of_life_loses_its_trial(queue):
     [lost], [kept] = queue.claim(), queue.claim()
     for claim in (lost, kept):
-        owned_by(queue, claim.number, host="another", pid=1, started=0)
+        owned_by(queue, claim, host="another", pid=1, started=0)
     with queue.alive([lost, kept]):
         time.sleep(4)
         assert queue.claim() == []
@@ -98,8 +98,54 @@ def test_a_worker_elsewhere_that_gives_no_sign_of_life_loses_its_trial(queue):
             time.sleep(0.2)
     assert again[0].trial == lost.trial
     assert not heart.lost
-    assert not queue.finish(lost.number, record(lost.trial.name))
-    assert queue.finish(kept.number, record(kept.trial.name))
+    assert not queue.finish(lost, record(lost.trial.name))
+    assert queue.finish(kept, record(kept.trial.name))
+
+
+def test_a_worker_is_not_interrupted_by_a_failure_of_its_own(queue):
+    [claim] = queue.claim()
+    with queue.alive([claim]) as heart:
+        heart.release(claim.number)
+        queue.fail(claim, "it broke")
+        time.sleep(2.5)
+    assert not heart.lost
+
+
+def test_what_was_handed_back_and_claimed_by_another_is_the_others(queue):
+    [before] = queue.claim()
+    queue.hand_back([before])
+    now = next(claim for claim in (queue.claim()[0], queue.claim()[0]) if claim.trial == before.trial)
+    assert now.number == before.number
+    queue.hand_back([before])  # as when the answer to the first was lost
+    assert states(queue)[now.trial.name] == "running"
+    assert not queue.finish(before, record(before.trial.name))
+    assert queue.finish(now, record(now.trial.name))
+
+
+def test_a_trial_over_which_a_worker_died_is_claimed_alone(tmp_path):
+    queue = Queue(tmp_path)
+    queue.add(trials(students=[{"scale": "15k"}, {"scale": "20k"}]))
+    for _ in range(2):
+        [claim] = queue.claim()
+        queue.finish(claim, record(claim.trial.name))
+    both = queue.claim(2)
+    assert len(both) == 2
+    for claim in both:
+        owned_by(queue, claim, host=_host(), pid=2**22, started=0)
+    assert [len(queue.claim(2)) for _ in range(3)] == [1, 1, 2]
+
+
+def test_one_name_is_one_trial(queue):
+    changed = [t.model_copy(update={"tokens": 512}) for t in trials()]
+    with pytest.raises(StudyError, match=r"t60\.7k is in the study already, with other settings"):
+        queue.add(changed)
+
+
+def test_a_name_in_a_database_is_one_folders(postgresql, tmp_path):
+    Queue(tmp_path / "a", postgresql.url, name="same", identity="one").close()
+    Queue(tmp_path / "a", postgresql.url, name="same", identity="one").close()
+    with pytest.raises(StudyError, match=r"the database has another study called same, not that of .*b"):
+        Queue(tmp_path / "b", postgresql.url, name="same", identity="two")
 
 
 def test_a_worker_that_lost_its_trial_is_interrupted(queue):
@@ -113,17 +159,17 @@ def test_a_worker_that_lost_its_trial_is_interrupted(queue):
 
 def test_only_what_still_runs_is_handed_back(queue):
     [one], [other] = queue.claim(), queue.claim()
-    queue.finish(one.number, record(one.trial.name))
-    queue.hand_back([one.number, other.number])
+    queue.finish(one, record(one.trial.name))
+    queue.hand_back([one, other])
     assert [again.trial for again in queue.claim()] == [other.trial]
 
 
 def test_a_failed_trial_is_tried_again_and_then_fails_what_needs_it(queue):
     [claim] = queue.claim()
-    queue.fail(claim.number, "it broke")
+    queue.fail(claim, "it broke")
     assert states(queue)[claim.trial.name] == "waiting"
     claim = next(c for c in (queue.claim()[0], queue.claim()[0]) if c.trial == claim.trial)
-    queue.fail(claim.number, "it broke again")
+    queue.fail(claim, "it broke again")
     found = states(queue)
     assert found[claim.trial.name] == "fail"
     assert [name for name, state in found.items() if state == "fail"] == [
@@ -140,28 +186,30 @@ def test_what_kills_every_worker_is_given_up(queue):
     for _ in range(DEATHS + 1):
         claim = queue.claim()[0]
         if claim.trial.name != "t60.7k":
-            queue.finish(claim.number, record(claim.trial.name))
+            queue.finish(claim, record(claim.trial.name))
             claim = queue.claim()[0]
         assert claim.trial.name == "t60.7k"
-        owned_by(queue, claim.number, host=_host(), pid=2**22, started=0)
+        owned_by(queue, claim, host=_host(), pid=2**22, started=0)
     while claims := queue.claim():
         assert claims[0].trial.name != "t60.7k"
-        queue.finish(claims[0].number, record(claims[0].trial.name))
+        queue.finish(claims[0], record(claims[0].trial.name))
     with pytest.raises(StudyError, match=f"{DEATHS + 1} workers died over it"):
         queue.raise_failures()
 
 
 def test_a_record_that_a_kill_kept_from_the_file_is_written_later(queue, tmp_path):
     [one] = queue.claim()
-    queue.finish(one.number, record(one.trial.name))
+    queue.finish(one, record(one.trial.name))
     (tmp_path / "records.jsonl").unlink()
     [other] = queue.claim()
-    queue.finish(other.number, record(other.trial.name, 2.0))
+    queue.finish(other, record(other.trial.name, 2.0))
     with (tmp_path / "records.jsonl").open("a") as file:
         file.write('{"run":"cut')
+    whole = tmp_path / "records.jsonl"
     assert [r.run for r in queue.write_records()] == [other.trial.name, one.trial.name]
+    whole.write_bytes(whole.read_bytes()[:-1])  # killed before the end of the line
     assert [r.loss for r in queue.write_records()] == [2.0, 1.0]
-    assert queue.finish(one.number, record(one.trial.name))  # as when the answer to the first was lost
+    assert queue.finish(one, record(one.trial.name))  # as when the answer to the first was lost
     assert len(queue.write_records()) == 2
 
 
@@ -169,7 +217,7 @@ def test_a_study_whose_queue_was_lost_goes_on_from_its_records(tmp_path):
     queue = Queue(tmp_path)
     queue.add(trials())
     [claim] = queue.claim()
-    queue.finish(claim.number, record(claim.trial.name, 3.0))
+    queue.finish(claim, record(claim.trial.name, 3.0))
     queue.close()
     (tmp_path / "study.db").unlink()
     queue = Queue(tmp_path)
@@ -185,7 +233,7 @@ def test_a_killed_worker_that_nobody_reaps_is_dead(tmp_path):
     queue.add(trials())
     [claim] = queue.claim()
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    owned_by(queue, claim.number, host=_host(), pid=process.pid, started=psutil.Process(process.pid).create_time())
+    owned_by(queue, claim, host=_host(), pid=process.pid, started=psutil.Process(process.pid).create_time())
     assert claim.trial not in [c.trial for c in queue.claim()]
     process.kill()
     while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
@@ -200,7 +248,7 @@ def test_students_of_one_teacher_and_seed_are_claimed_together(tmp_path):
     queue.add(trials(students=[{"scale": "15k"}, {"scale": "20k"}], seeds=[0, 1]))
     for _ in range(2):
         [claim] = queue.claim(8)
-        queue.finish(claim.number, record(claim.trial.name))
+        queue.finish(claim, record(claim.trial.name))
     claims = []
     while claimed := [claim.trial for claim in queue.claim(2)]:
         claims.append(claimed)
@@ -212,14 +260,14 @@ def test_students_of_one_teacher_and_seed_are_claimed_together(tmp_path):
 
 def test_a_longer_run_waits_for_its_trunk_even_if_that_fails(tmp_path):
     queue = Queue(tmp_path)
-    distill = {"tokens_per_step": 512, "lr": 5e-3, "schedule": "wsd"}
+    distill = {"tokens_per_step": 512, "lr": 5e-3, "schedule": "wsd", "warmup": "1k"}
     queue.add(trials(tokens=["1x", "2x"], distill=distill, grids=[{"teachers": ["t60.7k"]}]))
     for _ in range(2):
         [claim] = queue.claim()
-        queue.finish(claim.number, record(claim.trial.name))
+        queue.finish(claim, record(claim.trial.name))
     [short] = queue.claim()
     assert queue.claim() == []
-    queue.fail(short.number, "it broke")
+    queue.fail(short, "it broke")
     [long] = queue.claim()
     assert long.trial.trunk == short.trial.name
 

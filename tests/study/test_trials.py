@@ -52,6 +52,27 @@ def test_under_wsd_each_budget_goes_on_from_the_one_before():
     assert [t.tokens for t in trials[:6]] == sorted(t.tokens for t in trials[:6])
 
 
+def test_with_a_warmup_that_is_a_share_runs_do_not_go_on_from_others():
+    """They differ from the first step on."""
+    assert not any(trial.trunk for trial in of(tokens=["1x", "2x"], distill={**WSD, "warmup": 0.1}))
+
+
+def test_what_no_run_could_do_is_found_before_any_starts():
+    with pytest.raises(RecipeError, match=r"warmup = 20,000 tokens is more than distill\.tokens = 14,848"):
+        of(tokens=["1x", "2x"], distill={**WSD, "warmup": "20k"})
+    with pytest.raises(RecipeError, match=r"tokens_per_step = 32 is less than data\.block = 64"):
+        of(distill={"tokens_per_step": 32, "tokens": 5120})
+    with pytest.raises(StudyError, match=r"grids\.0\.distill\.seed: give grids\.0\.seeds instead"):
+        of(grids=[{"distill": {"seed": 3}}])
+
+
+def test_two_trials_of_one_name_are_refused():
+    with pytest.raises(StudyError, match=r"two different trials are called .*give a grid that changes distill or prune"):
+        of(grids=[{}, {"distill": {"divergence": "reverse_kl"}}])
+    with pytest.raises(StudyError, match="budgets that differ by a hundredth at least"):
+        of(tokens=[1_000_448, 1_000_960])
+
+
 def test_under_cosine_no_run_goes_on_from_another():
     assert not any(trial.trunk for trial in of(tokens=["1x", "2x"], distill={**WSD, "schedule": "cosine"}))
 
@@ -63,7 +84,7 @@ def test_conditions_change_what_they_name_and_nothing_else():
     assert changed.name == plain.name.replace("-5.12k-", "-kd-5.12k-")
     assert training_of(family, changed) == training_of(family, plain).model_copy(update={"kd_weight": 1.0})
     assert pruning_of(family, changed) == pruning_of(family, plain).model_copy(update={"score": "random"})
-    with pytest.raises(RecipeError, match="distill: kd_wieght: unknown key"):
+    with pytest.raises(RecipeError, match=r"grids\.0\.distill: kd_wieght: unknown key"):
         of(grids=[{"condition": "kd", "distill": {"kd_wieght": 1.0}}])
 
 

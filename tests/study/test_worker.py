@@ -54,6 +54,18 @@ def test_more_trials_may_join_but_what_numbers_rest_on_may_not_change(tmp_path):
     assert study_status(tmp_path).counts == {"waiting": 6}
     with pytest.raises(StudyError, match=r"holds a study with other settings \(prune\); give another folder"):
         create_study(study(prune={"calibration_tokens": 1024}), tmp_path)
+    with pytest.raises(StudyError, match="students may be added after those it has"):
+        create_study(study(students=[{"scale": "20k"}, {"scale": "15k"}]), tmp_path)
+    with pytest.raises(StudyError, match="its queue is in the folder itself; leave out --storage"):
+        create_study(study(), tmp_path, Way(storage="postgresql://somewhere/x"))
+    (tmp_path / "study.json").write_text('{"fixed": {}}')
+    with pytest.raises(StudyError, match=r"study\.json: of an older version"):
+        study_status(tmp_path)
+
+
+def test_signs_of_life_must_come_often_enough():
+    with pytest.raises(StudyError, match="grace = 20 s must be at least twice the heartbeat of 30 s"):
+        Way(grace=20)
 
 
 def test_runs_of_a_study_that_go_on_from_others_end_as_they_would_alone(tmp_path):
@@ -91,7 +103,7 @@ def test_a_failure_that_passes_is_tried_again(tmp_path, monkeypatch):
     def broken_once(family, trials, corpus, folder):
         calls.append(trials[0].name)
         if len(calls) == 1:
-            raise TrainingError("it broke")
+            raise KeyError("it broke")  # whatever it is
         return whole(family, trials, corpus, folder)
 
     monkeypatch.setattr(worker, "run_trials", broken_once)

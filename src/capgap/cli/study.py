@@ -86,7 +86,7 @@ def resume(
     """Goes on with a study, trials that failed included. Example: capgap study resume runs/nano --workers 2"""
     from capgap.study import Way, read_spec
 
-    _run(read_spec(folder), folder, Way(storage, workers, processes, heartbeat, grace))
+    _run(read_spec(folder), folder, Way(storage, workers, processes, heartbeat, grace), again=True)
 
 
 @app.command("status")
@@ -138,10 +138,10 @@ def _spec(path: Path, overrides: list[str] | None) -> "StudySpec":
     return load(path, StudySpec, overrides or [])
 
 
-def _run(spec: "StudySpec", output: Path, way: "Way") -> None:
+def _run(spec: "StudySpec", output: Path, way: "Way", *, again: bool = False) -> None:
     from capgap.study import run_study
 
-    records = run_study(spec, output, way=way)
+    records = run_study(spec, output, way=way, again=again)
     print(f"{len(records)} records in {output / 'records.jsonl'}")
 
 

@@ -136,7 +136,7 @@ def train_together(
                 if stopping or due or ends_first or (learner.is_best and learner.done < learner.steps):
                     learner.save()
             saved_at = time.monotonic() if due else saved_at
-            if stopping and step + 1 < steps:
+            if stopping:
                 for learner in learners:
                     learner.close()
                 raise Stopped(step + 1, steps, terminated=stop.terminated)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -45,7 +46,8 @@ def fit_optima(students: Sequence[float], teachers: Sequence[float], *, level: f
     y = np.array([check_scale(t, "a teacher's scale") for t in teachers])
     if len(np.unique(x)) < 2:
         raise LawError(f"{len(np.unique(x))} student scale is given; a line needs at least two")
-    line, power = stats.linregress(x, y), stats.linregress(np.log(x), np.log(y))
+    line: Any = stats.linregress(x, y)
+    power: Any = stats.linregress(np.log(x), np.log(y))
     few = len(x) < 3
     quantile = None if few else float(stats.t.ppf((1 + level) / 2, len(x) - 2))
     logs = np.log(y / x)

@@ -13,6 +13,7 @@ from capgap.errors import RecipeError, ShapeError, StudyError
 from capgap.models import load_config, resolve_folder
 from capgap.pipeline import student_shape
 from capgap.plan import load_family, resolve
+from capgap.prune.shape import TOLERANCE
 from capgap.recipe import FamilyPick
 from capgap.study.spec import Member, StudySpec
 
@@ -55,6 +56,7 @@ class Family:
                 raise StudyError(f"two of the study's models are called {name}; give each its own size or folder")
         self.models: Mapping[str, Model] = {m.name: m for m in sorted(models, key=lambda m: m.scale)}
         self._shapes: dict[tuple[int, str], Shape] = {}
+        self._impossible: set[tuple[int, str]] = set()
 
     def _nano(self) -> list[Model]:
         assert self.spec.nano is not None
@@ -119,18 +121,39 @@ class Family:
         return self._shapes[key]
 
     def _solved(self, index: int, start: Model) -> Shape:
-        student, anatomy = self.spec.students[index], anatomy_of(start.config)
+        if self.spec.students[index].scale is None:
+            return self._alone(index, start)
+        for first in self.models.values():
+            if first.name == start.name:
+                break
+            if first.scale > NEAREST * self.scales[index] and (index, first.name) not in self._impossible:
+                try:
+                    shape = self.shape(index, first)
+                except ShapeError:
+                    continue
+                return shape if self._holds(start, first, shape, self.scales[index]) else self._alone(index, start)
+        return self._alone(index, start)
+
+    def _alone(self, index: int, start: Model) -> Shape:
+        """The shape that the student has when only this start is looked at."""
+        student = self.spec.students[index]
         if student.scale is not None:
             student = student.model_copy(update={"scale": self.scales[index]})
-            first = next(model for model in self.models.values() if model.scale > NEAREST * self.scales[index])
-            if first.name != start.name and _alike(first, start):
-                shape = self.shape(index, first)
-                if _within(shape, anatomy.shape):
-                    return shape
         try:
-            return student_shape(student, anatomy)
-        except RecipeError as error:
+            return student_shape(student, anatomy_of(start.config))
+        except (RecipeError, ShapeError) as error:
+            self._impossible.add((index, start.name))
             raise ShapeError(f"students.{index}, cut from {start.name}: {error}") from None
+
+    @staticmethod
+    def _holds(start: Model, first: Model, shape: Shape, scale: int) -> bool:
+        """Whether the shape that was found for `first` can be cut from `start` too, and is of that scale there."""
+        mine, other = anatomy_of(start.config), anatomy_of(first.config)
+        if start.config.model_type != first.config.model_type or not _within(shape, mine.shape):
+            return False
+        if (mine.head_dim, mine.group_size) != (other.head_dim, other.group_size):
+            return False
+        return abs(count_parameters(mine.config_at(shape, range(shape.layers))).total - scale) <= TOLERANCE * scale
 
     def config(self, index: int, start: Model | None = None) -> PretrainedConfig:
         """The config of a student cut from `start`, or where that is None, from the smallest model that can be cut."""
@@ -163,13 +186,6 @@ class Family:
 
     def _known(self) -> str:
         return ", ".join(f"{m.name} ({format_count(m.scale)})" for m in self.models.values())
-
-
-def _alike(one: Model, other: Model) -> bool:
-    """Whether one shape means the same in both."""
-    a, b = anatomy_of(one.config), anatomy_of(other.config)
-    kinds = one.config.model_type == other.config.model_type
-    return kinds and (a.head_dim, a.group_size) == (b.head_dim, b.group_size)
 
 
 def _within(shape: Shape, full: Shape) -> bool:

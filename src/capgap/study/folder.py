@@ -1,6 +1,8 @@
 """A study's folder: what it holds is written in `study.json`."""
 
+import uuid
 from pathlib import Path
+from typing import Any
 
 from capgap.errors import StudyError
 from capgap.files import hash_of, read_json, write_json
@@ -8,24 +10,46 @@ from capgap.recipe import check
 from capgap.study.spec import StudySpec
 
 _FILE = "study.json"
-_MAY_GROW = {"students", "seeds", "tokens", "grids", "side_by_side", "retries", "teachers"}
+_MAY_GROW = {"students", "seeds", "tokens", "grids", "side_by_side", "retries"}
 
 
-def own(spec: StudySpec, folder: Path) -> None:
+def own(spec: StudySpec, folder: Path, *, shared: bool) -> None:
     """Marks the folder as this study's. More trials may join it; what its numbers rest on may not change.
 
-    Raises: StudyError if the folder holds another study.
+    Args:
+        shared: whether its queue is in a database; that stays as it is too.
+    Raises: StudyError if the folder holds another study, or its queue is elsewhere.
     """
     path = folder / _FILE
     fixed = spec.model_dump(mode="json", exclude=_MAY_GROW)
+    number = uuid.uuid4().hex
     if path.is_file():
-        there = read_json(path)["fixed"]
-        if hash_of(there) != hash_of(fixed):
-            differs = ", ".join(key for key in fixed if there.get(key) != fixed[key])
+        there = _read(path)
+        number = there["id"]
+        if hash_of(there["fixed"]) != hash_of(fixed):
+            differs = ", ".join(key for key in fixed if there["fixed"].get(key) != fixed[key])
             raise StudyError(
                 f"{folder}: holds a study with other settings ({differs}); give another folder, or remove this one"
             )
-    write_json(path, {"fixed": fixed, "study": spec.model_dump(mode="json", exclude_defaults=True)})
+        old = [student.model_dump() for student in read_spec(folder).students]
+        if [student.model_dump() for student in spec.students][: len(old)] != old:
+            raise StudyError(f"{folder}: students may be added after those it has; these were changed or reordered")
+        check_place(folder, shared)
+    study = spec.model_dump(mode="json", exclude_defaults=True)
+    write_json(path, {"id": number, "shared": shared, "fixed": fixed, "study": study})
+
+
+def identity(folder: Path) -> str:
+    """What tells this study from every other, also from one that was in this folder before."""
+    return _read(folder / _FILE)["id"]
+
+
+def check_place(folder: Path, shared: bool) -> None:
+    """Raises StudyError if the queue is looked for in a database, `shared`, or in the folder, and is not there."""
+    if _read(folder / _FILE)["shared"] and not shared:
+        raise StudyError(f"{folder}: its queue is in PostgreSQL; give --storage, or set CAPGAP_STORAGE")
+    if shared and not _read(folder / _FILE)["shared"]:
+        raise StudyError(f"{folder}: its queue is in the folder itself; leave out --storage, and CAPGAP_STORAGE")
 
 
 def read_spec(folder: Path) -> StudySpec:
@@ -33,4 +57,11 @@ def read_spec(folder: Path) -> StudySpec:
     path = folder / _FILE
     if not path.is_file():
         raise StudyError(f"{folder}: holds no study (no {_FILE}); capgap study create makes one")
-    return check(read_json(path)["study"], StudySpec, str(path))
+    return check(_read(path)["study"], StudySpec, str(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    there = read_json(path)
+    if not isinstance(there, dict) or not {"id", "shared", "fixed", "study"} <= set(there):
+        raise StudyError(f"{path}: of an older version of capgap, or damaged; give another folder")
+    return there

@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from capgap import records
 from capgap.errors import StudyError
 from capgap.records import RunRecord
-from capgap.study.storage import Heart, Storage, patient
+from capgap.study.storage import Heart, Storage, patient, uninterrupted
 from capgap.study.trials import Trial
 
 RECORDS = "records.jsonl"
@@ -27,10 +28,11 @@ _WAITING, _RUNNING, _FAILED = TrialState.WAITING, TrialState.RUNNING, TrialState
 
 @dataclass(frozen=True)
 class Claim:
-    """A trial that this process runs; `number` is that of the attempt in the storage."""
+    """A trial that this process runs; `number` is that of the attempt in the storage, `token` the process's own."""
 
     number: int
     trial: Trial
+    token: str
 
 
 class Queue:
@@ -43,7 +45,10 @@ class Queue:
         folder: of the study, on storage that all its machines see.
         storage: a PostgreSQL URL; None for SQLite in the folder, for one machine.
         name: of the study in a database; the folder's own name by default.
+        identity: that the study in the database must have, if it has one.
         retries: further attempts at a trial that failed.
+
+    Raises: StudyError if the storage does not answer, or holds another study of this name.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class Queue:
         storage: str | None = None,
         *,
         name: str | None = None,
+        identity: str | None = None,
         retries: int = 0,
         heartbeat: int = 30,
         grace: int = 120,
@@ -61,6 +67,20 @@ class Queue:
         called = name or (folder.resolve().name if storage else "capgap")
         self.storage = Storage(folder, storage, called, heartbeat=heartbeat, grace=grace)
         self._rdb, self._study = self.storage.rdb, self.storage.study
+        if identity is not None:
+            self._check_identity(identity, called, folder)
+
+    @patient
+    def _check_identity(self, identity: str, name: str, folder: Path) -> None:
+        with self.storage.turn():
+            there = self._study.user_attrs.get("identity")
+            if there is None:
+                self._study.set_user_attr("identity", identity)
+            elif there != identity:
+                raise StudyError(
+                    f"the database has another study called {name}, not that of {folder}; give this one a name of its "
+                    "own in its file, or clear the other by optuna delete-study"
+                )
 
     @patient
     def add(self, trials: list[Trial]) -> None:
@@ -69,28 +89,41 @@ class Queue:
         So a study goes on from its records alone, where its queue was lost or stayed on another machine.
         """
         with self.storage.turn():
-            known = {_name(row) for row in self._all()}
+            known = {_name(row): _trial(row) for row in self._all()}
             found = {record.run: record for record in read_records(self._records.parent)}
             for trial in trials:
                 if trial.name not in known:
                     self._enqueue({"name": trial.name, "trial": trial.model_dump_json()}, found.get(trial.name))
+                elif not known[trial.name].alike(trial):
+                    raise StudyError(
+                        f"{trial.name} is in the study already, with other settings; give the grid that changes them a "
+                        "condition of its own"
+                    )
 
-    @patient
     def claim(self, most: int = 1) -> list[Claim]:
         """Claims the first trial whose needs are done, and such others as can be trained beside it.
+
+        One over which a worker died is claimed alone, as it may have died for want of memory.
 
         Args:
             most: how many trials of one teacher and seed to claim.
         Returns: nothing, if there is none just now.
         """
-        with self.storage.turn():
+        return self._claim(most, uuid.uuid4().hex)
+
+    @patient
+    def _claim(self, most: int, token: str) -> list[Claim]:
+        with uninterrupted(), self.storage.turn():
             self._settle()
             rows = self.rows()
             done = {_name(row) for row in rows if row.state == TrialState.COMPLETE}
             ended = {_name(row) for row in rows if row.state.is_finished()}
-            claimed: list[Claim] = []
-            for row in rows:
-                if row.state != _WAITING:
+            # What an attempt to claim got that did not hear the storage's answer.
+            mine = [row for row in rows if row.state == _RUNNING and self._is_mine(row, token)]
+            claimed = [Claim(row._trial_id, _trial(row), token) for row in mine]
+            for row in rows if not claimed else ():
+                alone = bool(row.user_attrs.get("deaths"))
+                if row.state != _WAITING or (alone and claimed):
                     continue
                 trial = _trial(row)
                 if not set(trial.needs) <= done or not {trial.trunk} <= ended | {None}:
@@ -99,11 +132,11 @@ class Queue:
                     continue
                 # The owner and a sign of life first: a kill in between leaves a trial that waits, not one that
                 # nobody runs.
-                self._rdb.set_trial_user_attr(row._trial_id, "worker", _me())
+                self._rdb.set_trial_user_attr(row._trial_id, "worker", {**_me(), "token": token})
                 self._rdb.record_heartbeat(row._trial_id)
                 if self._rdb.set_trial_state_values(row._trial_id, _RUNNING):
-                    claimed.append(Claim(row._trial_id, trial))
-                if len(claimed) == most:
+                    claimed.append(Claim(row._trial_id, trial, token))
+                if alone or len(claimed) == most:
                     break
         return claimed
 
@@ -111,18 +144,24 @@ class Queue:
         """A context that keeps the claims alive."""
         return Heart(self._rdb, [claim.number for claim in claims], self.storage.heartbeat)
 
+    @staticmethod
+    def _is_mine(row: FrozenTrial, token: str) -> bool:
+        return (row.user_attrs.get("worker") or {}).get("token") == token
+
     @patient
-    def finish(self, number: int, record: RunRecord) -> bool:
+    def finish(self, claim: Claim, record: RunRecord) -> bool:
         """The trial is done: its record is kept in the storage and written to the file, once.
 
         Returns: whether it is this attempt that counts; False if the trial was given to somebody else meanwhile.
         """
-        with self.storage.turn():
-            state = self._rdb.get_trial(number).state
-            if state == _RUNNING:
-                self._rdb.set_trial_user_attr(number, "record", record.model_dump_json())
-                self._rdb.set_trial_state_values(number, TrialState.COMPLETE, [record.loss])
-            elif state != TrialState.COMPLETE:
+        with uninterrupted(), self.storage.turn():
+            row = self._rdb.get_trial(claim.number)
+            if not self._is_mine(row, claim.token):
+                return False
+            if row.state == _RUNNING:
+                self._rdb.set_trial_user_attr(claim.number, "record", record.model_dump_json())
+                self._rdb.set_trial_state_values(claim.number, TrialState.COMPLETE, [record.loss])
+            elif row.state != TrialState.COMPLETE:
                 return False
             if record.run not in self._written():
                 records.append(self._records, record)
@@ -140,10 +179,11 @@ class Queue:
         return read_records(self._records.parent)
 
     @patient
-    def fail(self, number: int, reason: str) -> None:
+    def fail(self, claim: Claim, reason: str) -> None:
         """The attempt failed. The trial is tried again if it may be, else those that need it fail with it."""
-        with self.storage.turn():
-            self._fail(number, reason)
+        with uninterrupted(), self.storage.turn():
+            if self._is_mine(self._rdb.get_trial(claim.number), claim.token):
+                self._fail(claim.number, reason)
             self._settle()
 
     def _fail(self, number: int, reason: str | None = None) -> None:
@@ -155,12 +195,13 @@ class Queue:
             return  # somebody else saw it end
 
     @patient
-    def hand_back(self, numbers: Iterable[int]) -> None:
-        """Those of the trials that still run wait again; their checkpoints stay."""
-        with self.storage.turn():
-            for number in numbers:
-                if self._rdb.get_trial(number).state == _RUNNING:
-                    self._rdb.set_trial_state_values(number, _WAITING)
+    def hand_back(self, claims: Iterable[Claim]) -> None:
+        """Those of the claims that still run wait again; their checkpoints stay."""
+        with uninterrupted(), self.storage.turn():
+            for claim in claims:
+                row = self._rdb.get_trial(claim.number)
+                if row.state == _RUNNING and self._is_mine(row, claim.token):
+                    self._rdb.set_trial_state_values(claim.number, _WAITING)
 
     @patient
     def reclaim(self) -> list[str]:
@@ -174,7 +215,8 @@ class Queue:
 
     def _settle(self) -> None:
         """Fails the attempts of dead workers, makes new ones, and fails what needs a trial that failed for good."""
-        optuna.storages.fail_stale_trials(self._study)
+        if self.storage.is_settled:
+            optuna.storages.fail_stale_trials(self._study)
         for row in self.rows():
             if row.state == _RUNNING and _known_dead(row.user_attrs.get("worker")):
                 self._fail(row._trial_id)
@@ -227,9 +269,8 @@ class Queue:
         failed = [row for row in self.rows() if row.state == _FAILED]
         if failed:
             lines = [f"{_name(row)}: {row.user_attrs.get('error', 'its worker died')}" for row in failed]
-            raise StudyError(
-                f"{len(failed)} trials failed; the others are done; run again to retry\n" + "\n".join(lines)
-            )
+            what = f"{len(failed)} trials failed; the others are done; capgap study resume tries them again"
+            raise StudyError("\n".join([what, *lines]))
 
     def close(self) -> None:
         self.storage.close()
@@ -238,12 +279,12 @@ class Queue:
         return self._study.get_trials(deepcopy=False)
 
     def _written(self) -> set[str]:
-        """Names of the runs in the file; a cut last line is none."""
+        """Names of the runs in the file; a last line that a crash cut off is ended or removed first."""
         if not self._records.is_file():
             return set()
+        records.mend(self._records)
         content = self._records.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        return {name.decode() for name in re.findall(rb'^\{"run":"([^"]*)"', whole, re.MULTILINE)}
+        return {name.decode() for name in re.findall(rb'^\{"run":"([^"]*)"', content, re.MULTILINE)}
 
 
 def read_records(folder: Path) -> list[RunRecord]:

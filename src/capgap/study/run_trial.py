@@ -1,11 +1,16 @@
 """What one trial does: pretrain a member, or cut a student and train it."""
 
+import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
 
 from capgap import distill
 from capgap.data import documents, load_tokenizer, train_tokenizer
@@ -19,22 +24,32 @@ from capgap.study.trials import Trial, pruning_of, training_of
 
 RUNS = "runs"
 ERROR = "error: "
+WORKER = "CAPGAP_WORKER"
+"""Environment variable: the process for which a trial's ranks work; they end when it is gone."""
 
 
 def open_study_corpus(spec: StudySpec, folder: Path, *, quiet: bool) -> Corpus:
-    """The study's packed text, made where it is not there yet."""
+    """The study's packed text, made by one process of all where it is not there yet."""
+
+    def opened() -> Corpus:
+        with FileLock(folder / ".data.lock"):
+            tokenizer = _tokenizer(spec, folder)
+            more = {"held_out_tokens": spec.evaluate.tokens, "train_tokens": spec.train_tokens, "quiet": quiet}
+            return open_corpus(spec.data, tokenizer, folder / "data", **more)
+
+    return distill.first_process_first(opened)
+
+
+def _tokenizer(spec: StudySpec, folder: Path) -> PreTrainedTokenizerBase:
     if spec.data.tokenizer:
-        tokenizer = load_tokenizer(spec.data.tokenizer)
-    else:
-        place = folder / "tokenizer"
-        if not place.is_dir():
-            assert spec.nano is not None
-            made = train_tokenizer(_sample(spec), spec.nano.vocabulary)
-            with atomic_folder(place) as beside:
-                made.save_pretrained(beside)
-        tokenizer = load_tokenizer(place)
-    more = {"held_out_tokens": spec.evaluate.tokens, "train_tokens": spec.train_tokens, "quiet": quiet}
-    return distill.first_process_first(lambda: open_corpus(spec.data, tokenizer, folder / "data", **more))
+        return load_tokenizer(spec.data.tokenizer)
+    place = folder / "tokenizer"
+    if not place.is_dir():
+        assert spec.nano is not None
+        made = train_tokenizer(_sample(spec), spec.nano.vocabulary)
+        with atomic_folder(place) as beside:
+            made.save_pretrained(beside)
+    return load_tokenizer(place)
 
 
 def _sample(spec: StudySpec, characters: int = 5_000_000) -> Iterator[str]:
@@ -100,7 +115,12 @@ def _cut(family: Family, trial: Trial, corpus: Corpus, folder: Path) -> Path:
     def work() -> Path:
         return prune_stage(start.folder(folder), shape, settings, corpus, place, **more)
 
-    return distill.first_process_first(work) if training.parallel == "ddp" else work()
+    def alone() -> Path:
+        (folder / "scores").mkdir(exist_ok=True)
+        with FileLock(folder / "scores" / f".{scores}.lock"):
+            return work()
+
+    return distill.first_process_first(alone) if training.parallel == "ddp" else work()
 
 
 def run_on_devices(trials: Sequence[Trial], folder: Path, processes: int) -> list[RunRecord]:
@@ -113,12 +133,17 @@ def run_on_devices(trials: Sequence[Trial], folder: Path, processes: int) -> lis
     command += ["-m", "capgap.study.on_devices", str(folder), words]
     log = folder / RUNS / f"{trials[0].name}.log"
     log.parent.mkdir(exist_ok=True)
-    with log.open("w", encoding="utf-8") as said, subprocess.Popen(command, stdout=said, stderr=said) as process:
+    words_to_it = {**os.environ, WORKER: str(os.getpid())}
+    with log.open("w", encoding="utf-8") as said:
+        # In a session of its own, so that a Ctrl-C reaches it once, from here.
+        process = subprocess.Popen(command, stdout=said, stderr=said, env=words_to_it, start_new_session=True)
         try:
             status = process.wait()
         except BaseException:
             process.terminate()
-            process.wait(60)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(120)
+            process.kill()
             raise
     if status:
         lines = log.read_text(encoding="utf-8").strip().splitlines()

@@ -3,9 +3,11 @@
 import contextlib
 import functools
 import hashlib
+import math
 import os
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,8 +18,8 @@ import sqlalchemy
 from filelock import FileLock
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.trial import TrialState
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
+from sqlalchemy.exc import ArgumentError, DBAPIError
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
 
 from capgap.errors import StudyError
 from capgap.progress import say
@@ -34,16 +36,37 @@ def patient(work: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(work)
     def again(*args: P.args, **kwargs: P.kwargs) -> R:
+        def disturbed(state: RetryCallState) -> None:
+            say(f"the study's storage does not answer; attempt {state.attempt_number + 1}")
+            storage = getattr(args[0], "storage", None) if args else None
+            if isinstance(storage, Storage):
+                storage.disturbed_at = time.monotonic()
+
         attempts = Retrying(
             retry=retry_if_exception_type((StorageInternalError, DBAPIError)),
             wait=wait_exponential_jitter(multiplier=0.2, max=10.0),
             stop=stop_after_delay(PATIENCE),
-            before_sleep=lambda state: say(f"the study's storage does not answer; attempt {state.attempt_number + 1}"),
+            before_sleep=disturbed,
             reraise=True,
         )
-        return attempts(work, *args, **kwargs)
+        try:
+            return attempts(work, *args, **kwargs)
+        except (StorageInternalError, DBAPIError) as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            raise StudyError(f"the study's storage did not answer for {PATIENCE:.0f} s: {reason}") from None
 
     return again
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Keeps requests to stop waiting until the block is done."""
+    both = {signal.SIGINT, signal.SIGTERM}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, both)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Storage:
@@ -62,25 +85,34 @@ class Storage:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=ExperimentalWarning)
         self.shared = url is not None
-        self.heartbeat = heartbeat
+        self.heartbeat, self.grace = heartbeat, grace
+        self.disturbed_at = -math.inf
         self._file_lock = FileLock(folder / ".lock")
         self._key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
         options: dict[str, Any] = {"connect_args": {"timeout": 120}}
         if url is not None:
-            options = {"pool_pre_ping": True, "connect_args": {"connect_timeout": 10}}
+            options = {"pool_pre_ping": True, "connect_args": _NOTICE_WHAT_IS_GONE}
         place = f"sqlite:///{folder / 'study.db'}" if url is None else _postgresql(url)
         try:
-            # Two processes that make the tables at one time would be in each other's way.
-            with self._file_lock:
-                self.rdb = optuna.storages.RDBStorage(
-                    place, engine_kwargs=options, heartbeat_interval=heartbeat, grace_period=grace
-                )
-                self.study = optuna.create_study(storage=self.rdb, study_name=name, load_if_exists=True)
+            self._open(place, options, name)
         except ImportError:
             raise StudyError("a study in PostgreSQL needs psycopg; install capgap[postgresql]") from None
-        except (OperationalError, StorageInternalError) as error:
+        except (DBAPIError, StorageInternalError, ValueError) as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise StudyError(f"the study's storage {hidden(url or place)} does not answer: {reason}") from None
+
+    def _open(self, place: str, options: dict[str, Any], name: str) -> None:
+        # Two processes that make the tables at one time would be in each other's way.
+        with self._file_lock:
+            self.rdb = optuna.storages.RDBStorage(
+                place, engine_kwargs=options, heartbeat_interval=self.heartbeat, grace_period=self.grace
+            )
+            self.study = optuna.create_study(storage=self.rdb, study_name=name, load_if_exists=True)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the storage has answered for so long that whoever lives has given a sign of life."""
+        return time.monotonic() - self.disturbed_at > self.grace
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
@@ -97,6 +129,18 @@ class Storage:
         self.rdb.engine.dispose()
 
 
+# A machine that is gone must not keep the others' turn, nor a server that is gone a machine.
+_NOTICE_WHAT_IS_GONE = {
+    "connect_timeout": 10,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
+    "options": "-c idle_in_transaction_session_timeout=300000 -c tcp_keepalives_idle=30 "
+    "-c tcp_keepalives_interval=10 -c tcp_keepalives_count=3",
+}
+
+
 def _postgresql(url: str) -> str:
     scheme, _, rest = url.partition("://")
     if scheme not in ("postgresql", "postgres", "postgresql+psycopg") or not rest:
@@ -108,8 +152,8 @@ def hidden(url: str) -> str:
     """The URL without its password."""
     try:
         return sqlalchemy.make_url(url).render_as_string(hide_password=True)
-    except ArgumentError:
-        return url
+    except (ArgumentError, ValueError):
+        return url.partition("://")[0] + "://..."
 
 
 class Beats(Protocol):
@@ -128,7 +172,7 @@ class Heart:
     """
 
     def __init__(self, storage: Beats, ids: Sequence[int], seconds: float):
-        self._storage, self._ids, self._seconds = storage, list(ids), seconds
+        self._storage, self._ids, self._seconds = storage, set(ids), seconds
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self.lost = False
@@ -141,11 +185,16 @@ class Heart:
         self._stop.set()
         self._thread.join()
 
+    def release(self, number: int) -> None:
+        """One of the trials ends, by this process's own word."""
+        self._ids.discard(number)
+
     def _beat(self) -> None:
         while not self._stop.wait(self._seconds):
             try:
-                for number in self._ids:
-                    if self._storage.get_trial(number).state == TrialState.FAIL:
+                for number in list(self._ids):
+                    failed = self._storage.get_trial(number).state == TrialState.FAIL
+                    if failed and number in self._ids and not self._stop.is_set():
                         self.lost = True
                         os.kill(os.getpid(), signal.SIGINT)
                         return

@@ -5,6 +5,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field
 
 from capgap.cost import format_count
+from capgap.distill import Schedule
 from capgap.errors import StudyError
 from capgap.recipe import Prune, Section, Train, check
 from capgap.study.family import NEAREST, Family, Model
@@ -40,6 +41,11 @@ class Trial(Section):
     distill: dict[str, Any] = Field(default={})
     prune: dict[str, Any] = Field(default={})
 
+    def alike(self, other: "Trial") -> bool:
+        """Whether both come to one result; from where a run goes on, and after which others, does not change it."""
+        hints = {"trunk": None, "needs": []}
+        return self.model_copy(update=hints) == other.model_copy(update=hints)
+
 
 def trials_of(family: Family) -> list[Trial]:
     """All trials, each after what it needs: the members by falling cost, then the grids in their order.
@@ -59,7 +65,15 @@ def trials_of(family: Family) -> list[Trial]:
         ]
     for index, grid in enumerate(spec.grids):
         trials += _of_grid(family, grid, f"grids.{index}")
-    return list({trial.name: trial for trial in trials}.values())
+    found: dict[str, Trial] = {}
+    for trial in trials:
+        other = found.setdefault(trial.name, trial)
+        if not other.alike(trial):
+            raise StudyError(
+                f"two different trials are called {trial.name}; give a grid that changes distill or prune a condition "
+                "of its own, and budgets that differ by a hundredth at least"
+            )
+    return list(found.values())
 
 
 def training_of(family: Family, trial: Trial) -> Train:
@@ -83,6 +97,11 @@ def _changed(section: S, changes: dict[str, Any], where: str) -> S:
 
 def _of_grid(family: Family, grid: Grid, where: str) -> list[Trial]:
     trials = []
+    for key in ("tokens", "seed"):
+        if key in grid.distill:
+            raise StudyError(f"{where}.distill.{key}: give {where}.{'seeds' if key == 'seed' else key} instead")
+    check({**family.spec.distill.model_dump(), **grid.distill}, Train, f"{where}.distill")
+    check({**family.spec.prune.model_dump(), **grid.prune}, Prune, f"{where}.prune")
     cells = _cells(family, grid, where)
     for seed in grid.seeds or family.spec.seeds:
         rounds: dict[int, list[Trial]] = {}
@@ -91,9 +110,6 @@ def _of_grid(family: Family, grid: Grid, where: str) -> list[Trial]:
                 rounds.setdefault(place, []).append(trial)
         for place in sorted(rounds):
             trials += rounds[place]
-    for trial in trials[:1]:  # so that changes that are not valid are found before anything runs
-        training_of(family, trial)
-        pruning_of(family, trial)
     return trials
 
 
@@ -144,24 +160,27 @@ def _budgets(
         f"{family.student_names[student]}-from-{start.name if start else RANDOM}-by-{teacher.name if teacher else NONE}"
     )
     stem += f"-{grid.condition}" if grid.condition else ""
-    branching = {**spec.distill.model_dump(), **grid.distill}["schedule"] == "wsd"
+    before: Schedule | None = None
     needs = sorted({m.name for m in (start, teacher) if m and m.member})
     trials: list[Trial] = []
     for count in tokens:
-        trials.append(
-            Trial(
-                name=f"{stem}-{format_count(count)}-seed{seed}",
-                kind="distill" if teacher else "scratch",
-                student=student,
-                start=start.name if start else None,
-                teacher=teacher.name if teacher else None,
-                seed=seed,
-                tokens=count,
-                needs=needs,
-                trunk=trials[-1].name if trials and branching else None,
-                condition=grid.condition,
-                distill=grid.distill,
-                prune=grid.prune,
-            )
+        trial = Trial(
+            name=f"{stem}-{format_count(count)}-seed{seed}",
+            kind="distill" if teacher else "scratch",
+            student=student,
+            start=start.name if start else None,
+            teacher=teacher.name if teacher else None,
+            seed=seed,
+            tokens=count,
+            needs=needs,
+            condition=grid.condition,
+            distill=grid.distill,
+            prune=grid.prune,
         )
+        # What does not go with the data, as a warm-up longer than the run, is found here.
+        schedule = Schedule.of(training_of(family, trial), spec.data.block)
+        if before is not None and before.branches_at and before.trunk == schedule.trunk:
+            trial = trial.model_copy(update={"trunk": trials[-1].name})
+        trials.append(trial)
+        before = schedule
     return trials

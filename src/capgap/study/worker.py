@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from capgap.errors import CapgapError, StudyError
+from capgap.errors import StudyError
 from capgap.pipeline import Corpus
 from capgap.progress import say
 from capgap.records import RunRecord
 from capgap.study.family import Family
-from capgap.study.folder import own, read_spec
+from capgap.study.folder import check_place, identity, own, read_spec
 from capgap.study.queue import Claim, Queue
 from capgap.study.run_trial import open_study_corpus, run_on_devices, run_trials
 from capgap.study.spec import StudySpec
@@ -57,9 +57,24 @@ class Way:
     heartbeat: int = 30
     grace: int = 120
 
+    def __post_init__(self) -> None:
+        if self.grace < 2 * self.heartbeat:
+            raise StudyError(
+                f"grace = {self.grace} s must be at least twice the heartbeat of {self.heartbeat} s, or trials that "
+                "live would be taken for dead"
+            )
+
     def queue(self, folder: Path, spec: StudySpec) -> Queue:
+        """The queue of the study in a folder. Raises StudyError if it is not where this way looks for it."""
+        check_place(folder, self.storage is not None)
         return Queue(
-            folder, self.storage, retries=spec.retries, heartbeat=self.heartbeat, grace=self.grace, name=spec.name
+            folder,
+            self.storage,
+            name=spec.name,
+            identity=identity(folder),
+            retries=spec.retries,
+            heartbeat=self.heartbeat,
+            grace=self.grace,
         )
 
 
@@ -69,7 +84,7 @@ def create_study(spec: StudySpec, folder: Path, way: Way = Way()) -> list[Trial]
     Returns: all its trials. Raises: StudyError if the folder holds another study.
     """
     trials = trials_of(Family(spec))
-    own(spec, folder)
+    own(spec, folder, shared=way.storage is not None)
     queue = way.queue(folder, spec)
     queue.add(trials)
     queue.close()
@@ -82,12 +97,16 @@ def run_study(
     *,
     workers: int = 1,
     way: Way | None = None,
+    again: bool = False,
     quiet: bool = False,
 ) -> list[RunRecord]:
     """Runs every trial that is not done, in `workers` processes that share the cores.
 
     Other machines may run the same study at the same time, over a storage that all reach and a folder that all see.
 
+    Args:
+        way: how, instead of `workers`.
+        again: also those that failed for good before.
     Returns: the records of all finished trials, also in `folder/records.jsonl`.
     Raises: StudyError if trials failed (the others are done first), or the folder holds another study.
     """
@@ -95,20 +114,21 @@ def run_study(
     create_study(spec, folder, way)
     open_study_corpus(spec, folder, quiet=quiet)
     queue = way.queue(folder, spec)
-    queue.reclaim()
+    if again:
+        queue.reclaim()
     queue.write_records()
     if queue.unfinished():
         if way.workers == 1:
             work_through(spec, folder, way, quiet=quiet)
         else:
-            _work_in_processes(folder, way, quiet)
+            _work_in_processes(folder, way, quiet, queue)
     found = queue.write_records()
     queue.raise_failures()
     queue.close()
     return found
 
 
-def _work_in_processes(folder: Path, way: Way, quiet: bool) -> None:
+def _work_in_processes(folder: Path, way: Way, quiet: bool, queue: Queue) -> None:
     """Works in processes that share the cores. Raises StudyStopped, or StudyError if one of them died."""
     threads = max(1, torch.get_num_threads() // way.workers)
     context = multiprocessing.get_context("spawn")
@@ -119,7 +139,7 @@ def _work_in_processes(folder: Path, way: Way, quiet: bool) -> None:
     codes = [process.exitcode for process in pool]
     if STOPPED in codes:
         raise StudyStopped
-    if any(codes):
+    if any(codes) and queue.unfinished():
         raise StudyError(f"{folder}: a worker died (exit codes {codes}); the same command goes on from here")
 
 
@@ -177,6 +197,8 @@ def work_through(spec: StudySpec, folder: Path, way: Way = Way(), *, quiet: bool
     corpus = open_study_corpus(spec, folder, quiet=True)
     with asked_to_stop():
         while queue.unfinished():
+            if (now := read_spec(folder)) != spec:  # trials joined meanwhile
+                spec, family = now, Family(now)
             claims = queue.claim(spec.side_by_side)
             if not claims:
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
@@ -184,9 +206,10 @@ def work_through(spec: StudySpec, folder: Path, way: Way = Way(), *, quiet: bool
             with queue.alive(claims) as heart:
                 try:
                     for claim, outcome in _outcomes(family, claims, corpus, folder, way):
+                        heart.release(claim.number)
                         _settle(queue, claim, outcome, quiet)
                 except KeyboardInterrupt:
-                    queue.hand_back(claim.number for claim in claims)
+                    queue.hand_back(claims)
                     if not heart.lost:
                         raise StudyStopped from None
                     say("the storage took this worker for dead and gave its trials to others; it goes on with the next")
@@ -196,10 +219,10 @@ def work_through(spec: StudySpec, folder: Path, way: Way = Way(), *, quiet: bool
 def _settle(queue: Queue, claim: Claim, outcome: RunRecord | Exception, quiet: bool) -> None:
     """Tells the queue, and the user, what came of a trial."""
     if isinstance(outcome, RunRecord):
-        counts = queue.finish(claim.number, outcome)
+        counts = queue.finish(claim, outcome)
         told = f"{outcome.loss:.4f} nats per token, {outcome.seconds:.0f} s" if counts else "another worker had it"
     else:
-        queue.fail(claim.number, str(outcome))
+        queue.fail(claim, str(outcome) or type(outcome).__name__)
         told = f"failed: {outcome}"
     if not quiet or not isinstance(outcome, RunRecord):
         rows = queue.rows()
@@ -217,7 +240,7 @@ def _outcomes(
             records = run_on_devices(trials, folder, way.processes)
         else:
             records = run_trials(family, trials, corpus, folder)
-    except (CapgapError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # whatever it is, it is reported, and the other trials go on
         if len(claims) == 1:
             yield claims[0], error
         else:
