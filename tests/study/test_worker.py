@@ -24,7 +24,7 @@ from capgap.study import (
     trials_of,
     worker,
 )
-from shell import capgap
+from shell import capgap, capgap_here
 from study.small import states, study
 
 WSD = {"tokens_per_step": 512, "lr": 5e-3, "schedule": "wsd", "warmup": "1k", "evaluations": 1}
@@ -125,6 +125,7 @@ def test_asked_to_stop_it_hands_its_trials_back(tmp_path, monkeypatch):
     assert len(run_study(study(), tmp_path, quiet=True)) == 4
 
 
+@pytest.mark.slow
 def test_a_trial_may_be_two_processes_under_torchrun(tmp_path):
     more = {"tokens": ["0.3x", "1x"], "distill": WSD, "grids": [{"teachers": ["t30.2k"]}]}
     expected = losses(run_study(study(**more), tmp_path / "one", quiet=True))
@@ -132,6 +133,7 @@ def test_a_trial_may_be_two_processes_under_torchrun(tmp_path):
     assert found == pytest.approx(expected, abs=2e-4)
 
 
+@pytest.mark.slow
 def test_what_fails_under_torchrun_is_told(tmp_path):
     distill = {"tokens_per_step": 512, "tokens": 5120, "lr": 1e30, "max_skipped": 0}
     spec = study(distill=distill, retries=0, grids=[{"teachers": ["t30.2k"]}])
@@ -142,19 +144,19 @@ def test_what_fails_under_torchrun_is_told(tmp_path):
 def test_the_commands(tmp_path):
     (tmp_path / "study.yaml").write_text(json.dumps(study().model_dump(mode="json", exclude_defaults=True)))
     folder = tmp_path / "study"
-    cost = capgap("study", "create", "study.yaml", "--output", "study", "--dry-run", cwd=tmp_path)
+    cost = capgap_here("study", "create", "study.yaml", "--output", "study", "--dry-run", cwd=tmp_path)
     assert "trials: 4 (2 to pretrain, 2 to distill)" in cost.stdout
     assert "hours: about" in cost.stdout
     assert not folder.exists()
-    made = capgap("study", "create", "study.yaml", "seeds=[0,1]", "--output", "study", cwd=tmp_path)
+    made = capgap_here("study", "create", "study.yaml", "seeds=[0,1]", "--output", "study", cwd=tmp_path)
     assert "6 trials" in made.stdout
-    assert "6 waiting" in capgap("study", "status", "study", cwd=tmp_path).stdout
+    assert "6 waiting" in capgap_here("study", "status", "study", cwd=tmp_path).stdout
     assert "6 records" in capgap("study", "run", "study", "--workers", "2", cwd=tmp_path).stdout
-    assert "6 complete" in capgap("study", "status", "study", cwd=tmp_path).stdout
-    assert "6 records" in capgap("study", "resume", "study", cwd=tmp_path).stdout
-    assert "6 rows" in capgap("study", "export", "study", "--output", "out.parquet", cwd=tmp_path).stdout
+    assert "6 complete" in capgap_here("study", "status", "study", cwd=tmp_path).stdout
+    assert "6 records" in capgap_here("study", "resume", "study", cwd=tmp_path).stdout
+    assert "6 rows" in capgap_here("study", "export", "study", "--output", "out.parquet", cwd=tmp_path).stdout
     assert (tmp_path / "out.parquet").is_file()
-    page = capgap("study", "report", "study", cwd=tmp_path).stdout.strip()
+    page = capgap_here("study", "report", "study", cwd=tmp_path).stdout.strip()
     assert page.endswith("report.html")
     assert (tmp_path / page).is_file()
 
