@@ -22,10 +22,12 @@ def fit(
         Path, typer.Argument(help="A study's records.jsonl; or a .csv, .tsv, .jsonl or .parquet of losses or optima.")
     ],
 ) -> None:
-    """Fits the law to a study's records, or to any table. Example: capgap law fit capgap-demo/records.jsonl
+    """Fits the law to a study's records, or to any table.
 
     A table has columns student and teacher (parameters, such as 28M), loss (nats per token) and, where a pair has
     several runs, seed and tokens. Without losses its rows are optima, as a paper prints them.
+
+    Example: capgap law fit capgap-demo/records.jsonl
     """
     from capgap.law import LossTable, read_table
     from capgap.report import by_budget
