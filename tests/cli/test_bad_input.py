@@ -144,7 +144,7 @@ def test_model_folder(place, damage, message):
         (["plan", "--student", "big", "--family", "llama-2"], "--student: 'big' is not a count"),
         (["plan", "--student", "3B", "--family", "lama"], "lama"),
         (["law", "fit", "none.jsonl"], "none.jsonl: no such file"),
-        (["law", "fit", "good.jsonl"], "good.jsonl line 1: not a run record"),
+        (["law", "fit", "good.jsonl"], "good.jsonl: no column for the student's parameters; it has text"),
         (["study", "status", "model"], "model: holds no study"),
     ],
 )

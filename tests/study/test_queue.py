@@ -11,8 +11,9 @@ from optuna.trial import TrialState
 
 from capgap.errors import StudyError
 from capgap.records import RunRecord
-from capgap.study import Claim, Family, Queue, trials_of
+from capgap.study import Claim, Family, Queue, StudyStopped, trials_of
 from capgap.study.queue import DEATHS, _host
+from capgap.study.worker import asked_to_stop
 from study.small import states, study
 
 
@@ -152,7 +153,7 @@ def test_a_worker_that_lost_its_trial_is_interrupted(queue):
     [claim] = queue.claim()
     heart = queue.alive([claim])
     queue._rdb.set_trial_state_values(claim.number, TrialState.FAIL)
-    with pytest.raises(KeyboardInterrupt), heart:
+    with pytest.raises(StudyStopped), asked_to_stop(), heart:
         time.sleep(30)
     assert heart.lost
 

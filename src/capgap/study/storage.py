@@ -168,7 +168,8 @@ class Heart:
     """A context in which claimed trials are kept alive from a thread of its own.
 
     Attributes: lost: whether the storage gave one of them to somebody else meanwhile, as it had no sign of life for
-        too long. This process is interrupted then, so that nobody works on one trial twice.
+        too long. This process is asked to stop by SIGTERM then, which it must handle (`worker.asked_to_stop`), so that
+        nobody works on one trial twice.
     """
 
     def __init__(self, storage: Beats, ids: Sequence[int], seconds: float):
@@ -196,7 +197,7 @@ class Heart:
                     failed = self._storage.get_trial(number).state == TrialState.FAIL
                     if failed and number in self._ids and not self._stop.is_set():
                         self.lost = True
-                        os.kill(os.getpid(), signal.SIGINT)
+                        os.kill(os.getpid(), signal.SIGTERM)  # SIGINT is ignored in a script's background jobs
                         return
                     self._storage.record_heartbeat(number)
             except (StorageInternalError, DBAPIError):
