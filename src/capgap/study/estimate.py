@@ -51,7 +51,7 @@ class Cost:
             f"disk: about {format_bytes(self.disk)} for models, branches and checkpoints; packed text comes to it",
         ]
         if self.hours is None:
-            return [*lines, "hours: not measured, as the largest models do not fit here"]
+            return [*lines, "hours: not measured (asked not to, or the largest models do not fit here)"]
         shared = f", about {self.hours / workers:.3g} if {workers} workers are not in each other's way" * (workers > 1)
         return [
             *lines,
@@ -71,7 +71,7 @@ def estimate_study(family: Family, records: list[RunRecord] | None = None, *, me
     todo = [trial for trial in trials if trial.name not in done]
     tokens = {trial.name: own_tokens(family, trial, {t.name: t for t in trials}) for trial in todo}
     flops = {trial.name: _flops_per_token(family, trial) for trial in todo}
-    hours = _hours(family, todo, tokens, flops) if measure and todo else None
+    hours = (_hours(family, todo, tokens, flops) if measure else None) if todo else 0.0
     return Cost(
         dict(Counter(trial.kind for trial in trials)),
         len(trials) - len(todo),
