@@ -1,6 +1,8 @@
 """law fit."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +12,7 @@ from rich.console import Console
 from capgap.errors import LawError
 
 if TYPE_CHECKING:
-    from capgap.law import Estimate, LawFit, Observation
+    from capgap.law import Estimate, LawFit, LineFit
     from capgap.records import RunRecord
 
 app = typer.Typer(no_args_is_help=True, help="Fits the law of capacity gap.")
@@ -29,7 +31,7 @@ def fit(
 
     Example: capgap law fit capgap-demo/records.jsonl
     """
-    from capgap.law import LossTable, read_table
+    from capgap.law import LossTable, fit_law, fit_optima, read_table
     from capgap.report import by_budget
 
     console = Console()
@@ -44,9 +46,13 @@ def fit(
     found = read_table(table)
     if isinstance(found, LossTable):
         for name, observations in found.budgets.items():
-            _show(console, name, [], _fitted(table, observations))
+            with _naming(table):
+                fitted = fit_law(observations)
+            _show(console, name, [], fitted)
         return
-    _show_line(console, table, found.students, found.teachers)
+    with _naming(table):
+        line = fit_optima(found.students, found.teachers)
+    _show_line(console, line)
 
 
 def is_of_records(path: Path) -> bool:
@@ -61,23 +67,21 @@ def is_of_records(path: Path) -> bool:
     return not isinstance(first, dict) or "recipe_hash" in first
 
 
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Has errors of the law name the file."""
+    try:
+        yield
+    except LawError as error:
+        raise LawError(f"{path}: {error}") from None
+
+
 def law_of_file(path: Path, rows: "list[RunRecord]") -> "LawFit":
     """The law of some of a file's records. Raises LawError that names the file."""
     from capgap.report import law_of
 
-    try:
+    with _naming(path):
         return law_of(rows)
-    except LawError as error:
-        raise LawError(f"{path}: {error}") from None
-
-
-def _fitted(path: Path, observations: "list[Observation]") -> "LawFit":
-    from capgap.law import fit_law
-
-    try:
-        return fit_law(observations)
-    except LawError as error:
-        raise LawError(f"{path}: {error}") from None
 
 
 def _show(console: Console, budget: str, rows: "list[RunRecord]", fitted: "LawFit") -> None:
@@ -92,13 +96,9 @@ def _show(console: Console, budget: str, rows: "list[RunRecord]", fitted: "LawFi
         console.print(note)
 
 
-def _show_line(console: Console, path: Path, students: list[float], teachers: list[float]) -> None:
-    from capgap.law import PUBLISHED, fit_optima
+def _show_line(console: Console, line: "LineFit") -> None:
+    from capgap.law import PUBLISHED
 
-    try:
-        line = fit_optima(students, teachers)
-    except LawError as error:
-        raise LawError(f"{path}: {error}") from None
     level = f"{line.level:.0%} t interval"
     console.print(f"through {line.optima} optima, by least squares ({level}s in brackets)")
     console.print(f"slope a: {_words(line.slope)}; published {PUBLISHED.slope}")

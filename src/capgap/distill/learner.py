@@ -94,7 +94,7 @@ class Learner:
 
     def __init__(self, run: Run, *, block: int, device: torch.device, world: int):
         settings = run.settings
-        self.run, self.world = run, world
+        self.run, self.world, self._block = run, world, block
         self.schedule = Schedule.of(settings, block)
         self.steps = steps = self.schedule.steps
         divergence = Divergence(settings.divergence, settings.mix)
@@ -108,7 +108,7 @@ class Learner:
         self.checkpoints = Checkpoints(
             run.folder, identity=identity, keep=settings.keep_checkpoints, asynchronous=settings.async_checkpoints
         )
-        facts = self.checkpoints.load_newest(self.objective, self.optimizer) or self._from_trunk(block)
+        facts = self.checkpoints.load_newest(self.objective, self.optimizer) or self._from_trunk()
         self.done: int = facts.get("step", 0)
         self.taken_over: int = facts.get("taken_over", 0)
         self.curve: list[dict[str, float]] = facts.get("curve", [])
@@ -129,12 +129,11 @@ class Learner:
         )
         if self.done == 0 and run.evaluate is not None:
             self.start_loss = self._evaluate().loss
-        self._block = block
         self.save_branch()
 
-    def _from_trunk(self, block: int) -> dict[str, Any]:
+    def _from_trunk(self) -> dict[str, Any]:
         """The state at which a shorter run left this one's way, if there is one."""
-        trunk = None if self.run.trunk is None else self._branch(self.run.trunk, block)
+        trunk = None if self.run.trunk is None else self._branch(self.run.trunk)
         facts = trunk.load_newest(self.objective, self.optimizer) if trunk else None
         if facts is None:
             return {}
@@ -145,8 +144,8 @@ class Learner:
             )
         return {**facts, "taken_over": facts["step"], "seconds": 0.0}
 
-    def _branch(self, folder: Path, block: int) -> Checkpoints:
-        identity = hash_of({"trunk": self.schedule.trunk, "block": block, "inputs": self.run.inputs})
+    def _branch(self, folder: Path) -> Checkpoints:
+        identity = hash_of({"trunk": self.schedule.trunk, "block": self._block, "inputs": self.run.inputs})
         return Checkpoints(folder, identity=identity, keep=1)
 
     def learn(self, input_BL: Tensor, label_BL: Tensor, targets: Targets | None, *, scored: float, last: bool) -> None:
@@ -223,7 +222,7 @@ class Learner:
     def save_branch(self) -> None:
         """Keeps the state for longer runs, if one is wanted and this is the step where their ways part."""
         if self.run.branch is not None and self.done == self.schedule.branches_at:
-            self._branch(self.run.branch, self._block).save(self.done, self.objective, self.optimizer, self._facts())
+            self._branch(self.run.branch).save(self.done, self.objective, self.optimizer, self._facts())
 
     def _facts(self) -> dict[str, Any]:
         return {

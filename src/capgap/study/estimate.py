@@ -69,7 +69,8 @@ def estimate_study(family: Family, records: list[RunRecord] | None = None, *, me
     trials = trials_of(family)
     done = {record.run for record in records or ()}
     todo = [trial for trial in trials if trial.name not in done]
-    tokens = {trial.name: own_tokens(family, trial, {t.name: t for t in trials}) for trial in todo}
+    by_name = {trial.name: trial for trial in trials}
+    tokens = {trial.name: own_tokens(family, trial, by_name) for trial in todo}
     flops = {trial.name: _flops_per_token(family, trial) for trial in todo}
     hours = (_hours(family, todo, tokens, flops) if measure else None) if todo else 0.0
     return Cost(

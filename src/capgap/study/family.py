@@ -55,8 +55,7 @@ class Family:
             if names.count(name) > 1:
                 raise StudyError(f"two of the study's models are called {name}; give each its own size or folder")
         self.models: Mapping[str, Model] = {m.name: m for m in sorted(models, key=lambda m: m.scale)}
-        self._shapes: dict[tuple[int, str], Shape] = {}
-        self._impossible: set[tuple[int, str]] = set()
+        self._shapes: dict[tuple[int, str], Shape | ShapeError] = {}
 
     def _nano(self) -> list[Model]:
         assert self.spec.nano is not None
@@ -117,8 +116,14 @@ class Family:
         """
         key = index, start.name
         if key not in self._shapes:
-            self._shapes[key] = self._solved(index, start)
-        return self._shapes[key]
+            try:
+                self._shapes[key] = self._solved(index, start)
+            except ShapeError as error:
+                self._shapes[key] = error
+        found = self._shapes[key]
+        if isinstance(found, ShapeError):
+            raise found
+        return found
 
     def _solved(self, index: int, start: Model) -> Shape:
         if self.spec.students[index].scale is None:
@@ -126,7 +131,7 @@ class Family:
         for first in self.models.values():
             if first.name == start.name:
                 break
-            if first.scale > NEAREST * self.scales[index] and (index, first.name) not in self._impossible:
+            if first.scale > NEAREST * self.scales[index]:
                 try:
                     shape = self.shape(index, first)
                 except ShapeError:
@@ -142,7 +147,6 @@ class Family:
         try:
             return student_shape(student, anatomy_of(start.config))
         except (RecipeError, ShapeError) as error:
-            self._impossible.add((index, start.name))
             raise ShapeError(f"students.{index}, cut from {start.name}: {error}") from None
 
     @staticmethod

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import optuna
 import sqlalchemy
@@ -156,14 +156,6 @@ def hidden(url: str) -> str:
         return url.partition("://")[0] + "://..."
 
 
-class Beats(Protocol):
-    """What can be kept alive: a storage of Optuna with heartbeats."""
-
-    def record_heartbeat(self, trial_id: int) -> None: ...
-
-    def get_trial(self, trial_id: int) -> optuna.trial.FrozenTrial: ...
-
-
 class Heart:
     """A context in which claimed trials are kept alive from a thread of its own.
 
@@ -172,7 +164,7 @@ class Heart:
         nobody works on one trial twice.
     """
 
-    def __init__(self, storage: Beats, ids: Sequence[int], seconds: float):
+    def __init__(self, storage: optuna.storages.RDBStorage, ids: Sequence[int], seconds: float):
         self._storage, self._ids, self._seconds = storage, set(ids), seconds
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)

@@ -100,8 +100,9 @@ def _of_grid(family: Family, grid: Grid, where: str) -> list[Trial]:
     for key in ("tokens", "seed"):
         if key in grid.distill:
             raise StudyError(f"{where}.distill.{key}: give {where}.{'seeds' if key == 'seed' else key} instead")
-    check({**family.spec.distill.model_dump(), **grid.distill}, Train, f"{where}.distill")
-    check({**family.spec.prune.model_dump(), **grid.prune}, Prune, f"{where}.prune")
+    # Here, where it is known which grid is wrong.
+    _changed(family.spec.distill, grid.distill, f"{where}.distill")
+    _changed(family.spec.prune, grid.prune, f"{where}.prune")
     cells = _cells(family, grid, where)
     for seed in grid.seeds or family.spec.seeds:
         rounds: dict[int, list[Trial]] = {}
