@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from report.made_up import from_random_weights, others, study, teachers
 from shell import capgap_here
 
 
@@ -32,3 +33,21 @@ def test_what_is_wrong_names_the_file(tmp_path):
     done = capgap_here("law", "fit", "one.csv", cwd=tmp_path)
     assert done.returncode == 2
     assert "one.csv: 1 student scale is given; a line needs at least two" in done.stderr
+
+
+def lines(records):
+    return "".join(r.model_dump_json() + "\n" for r in records)
+
+
+def test_the_second_law_is_refit_where_there_are_runs_from_random_weights(tmp_path):
+    (tmp_path / "records.jsonl").write_text(lines([*study(seeds=1), *teachers(), *from_random_weights()]))
+    (tmp_path / "few.jsonl").write_text(lines([*study(seeds=1), *others()]))
+    (tmp_path / "none.jsonl").write_text(lines(study(seeds=1)))
+    full, few, none = (
+        " ".join(capgap_here("law", "fit", f"{name}.jsonl", cwd=tmp_path).stdout.split())
+        for name in ("records", "few", "none")
+    )
+    assert "refit to 6 runs without a teacher and 18 under one" in full
+    assert "gamma" in full
+    assert "the second law is not refit" in few
+    assert "second law" not in none

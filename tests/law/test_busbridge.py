@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capgap.errors import LawError
-from capgap.law.busbridge import PUBLISHED_SECOND, Alone, Taught, fit_second_law
+from capgap.law.busbridge import PUBLISHED_SECOND, Alone, Measured, Taught, fit_second_law
 
 LAW = PUBLISHED_SECOND
 
@@ -68,10 +68,13 @@ def test_a_refit_predicts_what_another_law_gives():
         type(LAW.supervised)(1.5, 2000.0, 30000.0, 0.38, 0.45, 0.5),
         type(LAW.distillation)(1500.0, 30000.0, 0.30, 0.60, 0.8, 2.2, 400.0, 0.12, 1.2),
         "made up",
+        LAW.fitted,
     )
     alone, taught = runs(other, 0.002, np.random.default_rng(0))
     fit = fit_second_law(alone, taught)
     assert fit.runs == (30, 120)
+    assert fit.law.fitted == Measured((1e7, 1e9), 1e9, (2e8, 1e11), embeddings=False)
+    assert fit_second_law(alone, taught, embeddings=True).law.fitted.embeddings
     assert max(fit.error) < 0.01
     for n, d, teacher in ((3e7, 1e9, 2.4), (5e8, 5e10, 2.1)):
         assert float(fit.law.student_loss(teacher, n, d)) == pytest.approx(

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -5,9 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import curve_fit, minimize
+from scipy.stats import norm
 
 from capgap.errors import LawError
 from capgap.law import Observation, fit_law, law_from_dict
+from capgap.law.chain import Chain, Optima
 from reference.law import law_losses, parabola_minimum
 
 STUDENTS = [60e3, 120e3, 240e3, 480e3]
@@ -25,6 +29,18 @@ def noisy(sigma=0.003, students=STUDENTS, seeds=1, seed=0):
         for o in exact(students=students)
         for k in range(seeds)
     ]
+
+
+def ratio_fit(best, errors):
+    rows = [
+        Observation(s, t * f, 3 + 0.08 * math.log(f) ** 2) for s, t in zip(STUDENTS, best, strict=True) for f in FACTORS
+    ]
+    optima = fit_law(rows, replicates=0).optima
+    weighted = tuple(dataclasses.replace(row, error=e) for row, e in zip(optima, errors, strict=True))
+    # So large that no scatter beyond them is found.
+    weighted = tuple(dataclasses.replace(row, error=100 * row.error) for row in weighted)
+    fitted = Chain(Optima.of(weighted), None, 0, np.random.default_rng(0), 0.95).fit("ratio")
+    return float(np.exp(fitted.found.theta_RK[0, 0]))
 
 
 def slanted(student=30e3):
@@ -58,7 +74,17 @@ def test_noisy_optima_agree_with_the_reference():
         mine = [o for o in observations if o.student == s]
         best.append(parabola_minimum([o.teacher for o in mine], [o.loss for o in mine])[1])
     assert [row.optimum.teacher for row in law.optima] == pytest.approx(best, rel=1e-7)
-    assert law.slope.value == pytest.approx(np.polyfit(STUDENTS, best, 1)[0], rel=1e-7)
+    errors = [row.error for row in law.optima]
+    line = curve_fit(lambda s, a, b: np.log(a * s + b), STUDENTS, np.log(best), [2.5, -1e4], sigma=errors)[0]
+    assert law.scatter == 0
+    assert law.slope.value == pytest.approx(line[0], rel=1e-6)
+    assert law.intercept.value == pytest.approx(line[1], rel=1e-5)
+    weights = np.square(np.reciprocal(errors))
+    ratio = np.exp(np.average(np.log(best) - np.log(STUDENTS), weights=weights))
+    assert ratio_fit(best, errors) == pytest.approx(ratio, rel=1e-9)
+    fitted = line[0] * np.array(STUDENTS) + line[1]
+    r_squared = 1 - np.sum((fitted - best) ** 2) / np.sum((np.array(best) - np.mean(best)) ** 2)
+    assert law.r_squared.value == pytest.approx(r_squared, abs=1e-8)
     for row in law.optima:
         assert row.low < row.optimum.teacher < row.high
 
@@ -85,24 +111,96 @@ def test_three_teachers_and_two_seeds_leave_one():
     assert law.slope.low < law.slope.high
 
 
-def test_censored_optima_are_reported_and_never_enter():
-    without = fit_law(exact())
-    law = fit_law([*slanted(), *exact()])
-    assert law.optima[0].optimum.censored == "high"
-    assert law.optima[0].low is None
-    assert len(law.interior) == len(STUDENTS)
-    assert law.slope.value == pytest.approx(without.slope.value, rel=1e-9)
-    assert any("student 30k: censored at the grid's high edge (180k)" in note for note in law.notes)
+def beyond(best, student=30e3):
+    """Noisy losses of a student whose optimum lies below its grid."""
+    rng = np.random.default_rng(11)
+    return [
+        Observation(student, t, 3.5 + 0.08 * math.log(t / best) ** 2 + rng.normal(0, 0.003), seed)
+        for t in (70e3, 100e3, 140e3, 200e3)
+        for seed in range(2)
+    ]
+
+
+def test_a_censored_optimum_enters_as_a_bound():
+    """Beyond its edge, where the line wants it, it changes little; where the line wants it inside, it pulls."""
+    without = fit_law(noisy(seeds=2), replicates=20)
+    agreeing = fit_law([*beyond(55e3), *noisy(seeds=2)], replicates=20)
+    assert agreeing.optima[0].optimum.censored == "low"
+    assert agreeing.optima[0].low is None
+    assert agreeing.optima[0].error == pytest.approx(np.median([row.error for row in agreeing.interior]))
+    assert agreeing.slope.value == pytest.approx(without.slope.value, rel=1e-3)
+    assert any("student 30k: censored at the grid's low edge (70k)" in note for note in agreeing.notes)
+
+    far = [Observation(80e3, o.teacher, o.loss, o.seed) for o in beyond(20e3)]  # at most 70k, the line says 180k
+    pulled = fit_law([*far, *noisy(seeds=2)], replicates=20)
+    assert pulled.optima[1].optimum.censored == "low"
+    assert pulled.predict(80e3).teacher < 0.97 * without.predict(80e3).teacher
+    assert pulled.scatter > 0.1
+
+
+def test_the_fit_maximises_the_likelihood():
+    """Against a direct minimisation of the Tobit likelihood, the scatter taken as found."""
+    law = fit_law([*beyond(55e3), *noisy(0.02, seeds=2, seed=5)], replicates=0)
+    y = np.log([row.optimum.teacher for row in law.optima])
+    side = np.array([row.side for row in law.optima])
+    s = np.array([row.student for row in law.optima])
+    error = np.hypot([row.error for row in law.optima], law.scatter)
+    assert -1 in side
+
+    def cost(p):
+        z = (y - np.log(np.maximum(p[0] * s + p[1] * 1e3, 1.0))) / error
+        return -np.where(side == 0, norm.logpdf(z), norm.logcdf(-side * z)).sum()
+
+    best = minimize(cost, [2.4, -15.0], method="Nelder-Mead", options={"xatol": 1e-8, "fatol": 1e-12, "maxiter": 4000})
+    assert law.slope.value == pytest.approx(best.x[0], rel=1e-4)
+    assert law.intercept.value == pytest.approx(best.x[1] * 1e3, rel=1e-3)
+
+
+def test_scatter_beyond_the_errors_widens_the_intervals():
+    rng = np.random.default_rng(2)
+    odd = [
+        Observation(s, 2.5 * s * math.exp(d) * f, 3 + 0.08 * math.log(f) ** 2 + rng.normal(0, 0.0005))
+        for s, d in zip(np.geomspace(50e3, 800e3, 6), (0.3, -0.3, 0.2, -0.2, 0.3, -0.3), strict=True)
+        for f in (0.3, 0.55, 1.0, 1.8, 3.2)
+    ]
+    law = fit_law(odd)
+    assert law.scatter == pytest.approx(np.std([0.3, -0.3, 0.2, -0.2, 0.3, -0.3], ddof=2), rel=0.3)
+    assert law.slope.high - law.slope.low > 0.5
+    at = law.predict(200e3)
+    assert math.log(at.high / at.low) > 4 * law.scatter  # of a new optimum, not of the line alone
+    assert law.p_linear > 0.05
+
+
+def test_the_exponent_is_tested_against_one():
+    rows = [
+        Observation(o.student, 3 * o.student**0.7 * f, 2 + 0.08 * math.log(f) ** 2 + rng.normal(0, 0.002), k)
+        for rng in [np.random.default_rng(1)]
+        for o in exact()[:: len(FACTORS)]
+        for f in FACTORS
+        for k in range(2)
+    ]
+    assert fit_law(rows).p_linear < 0.01
+    assert fit_law(noisy(seeds=2)).p_linear > 0.0005
+    assert fit_law(noisy(), replicates=0).p_linear is None
 
 
 def test_one_optimum_gives_a_ratio():
-    law = fit_law([*exact(students=STUDENTS[:1]), *slanted()])
+    low = [Observation(30e3, 30e3 * f, 4 + 0.1 * math.log(f)) for f in (3, 4, 6)]
+    law = fit_law([*exact(students=STUDENTS[:1]), *low])
     assert law.status == "proportional"
     assert (law.slope, law.intercept, law.exponent, law.r_squared) == (None, None, None, None)
-    assert law.ratio.value == pytest.approx(130e3 / 60e3)
+    assert law.ratio.value == pytest.approx(130e3 / 60e3, rel=1e-3)  # the bound of the other pulls hardly
     prediction = law.predict(90e3)
     assert (prediction.method, prediction.ratio) == ("proportional", law.ratio.value)
     assert "1.5 times above the largest" in prediction.note
+
+
+def test_a_bound_that_contradicts_makes_the_ratio_unsure():
+    law = fit_law([*noisy(students=STUDENTS[:1], seeds=2), *slanted()])  # 2.2 S, and at least 6 S
+    assert law.scatter == 1.0
+    assert 2.2 < law.ratio.value < 12
+    at = law.predict(60e3)
+    assert at.high > 8 * at.low
 
 
 def test_no_optimum_gives_no_law():
@@ -110,8 +208,26 @@ def test_no_optimum_gives_no_law():
     assert law.status == "none"
     assert law.ratio is None
     assert any("widen the grid" in note for note in law.notes)
+    rising = [Observation(40e3, 40e3 * f, 4 + 0.1 * math.log(f)) for f in (2, 3, 4, 6)]
     with pytest.raises(LawError, match="names no teacher"):
-        law.predict(1e6)
+        fit_law([*slanted(), *rising]).predict(1e6)
+
+
+def test_optima_censored_at_one_edge_name_a_bound():
+    high = fit_law(slanted()).predict(1e6)
+    assert (high.method, high.ratio, high.low, high.high) == ("bound", pytest.approx(6), pytest.approx(6e6), None)
+    assert "at least the edge" in high.note
+    rising = [Observation(s, s * f, 4 + 0.1 * math.log(f)) for s in (40e3, 80e3) for f in (1.2, 3, 4, 6)]
+    low = fit_law(rising).predict(1e6)
+    assert (low.ratio, low.low, low.high) == pytest.approx((1.2, 1e6, 1.2e6))
+    assert "next larger model is the best" in low.note
+
+
+def test_a_ratio_below_one_names_the_student_itself():
+    rows = [Observation(s, s * f, 4 + 0.05 * math.log(f / 0.8) ** 2) for s in (40e3, 80e3) for f in (0.5, 0.7, 1, 1.4)]
+    at = fit_law(rows).predict(60e3)
+    assert at.teacher == 60e3
+    assert "the next larger model is the best" in at.note
 
 
 def test_predictions_inside_and_outside_the_study():

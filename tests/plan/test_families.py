@@ -31,6 +31,17 @@ PUBLISHED = {
 QWEN3_NON_EMBEDDING = {"0.6b": 0.44, "1.7b": 1.4, "4b": 3.6, "8b": 6.95, "14b": 13.2, "32b": 31.2}
 
 
+# Tokens of pretraining: Llama 2's paper, table 1; the model cards of Llama 3.1 and 3.2; Qwen3's report; 143000 steps of
+# 1024 sequences of 2048 tokens for Pythia. GPT-2's are not published.
+TRAINED_ON = {
+    "gpt2": {None},
+    "llama-2": {2 * 10**12},
+    "llama-3": {9 * 10**12, 15 * 10**12},
+    "pythia": {143_000 * 1024 * 2048},
+    "qwen3": {36 * 10**12},
+}
+
+
 def test_the_families_are_those_that_were_checked():
     assert set(family_names()) == set(PUBLISHED)
 
@@ -40,6 +51,19 @@ def test_sizes_are_the_published_ones(name):
     family = load_family(name)
     assert family.name == name
     assert tuple(m.parameters for m in family.members) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", sorted(TRAINED_ON))
+def test_tokens_of_pretraining_are_the_published_ones(name):
+    assert {m.trained_on for m in load_family(name).members} == TRAINED_ON[name]
+
+
+@pytest.mark.parametrize("tokens", [0, -1, "many", 0.5])
+def test_tokens_that_are_no_count_are_an_error(tokens):
+    tree = load_family("gpt2").model_dump()
+    tree["members"][0]["trained_on"] = tokens
+    with pytest.raises(RecipeError, match=r"members\.0\.trained_on"):
+        check(tree, Family, "gpt2.yaml")
 
 
 @pytest.mark.parametrize(("family", "member"), MEMBERS)

@@ -77,7 +77,8 @@ def test_a_nearer_start_is_named_beside_the_teacher():
     plan = make_plan(3 * B, "qwen3")
     assert plan.teacher is not None
     assert plan.teacher.member.name == "8b"
-    assert plan.near_start is plan.below is not None
+    assert plan.near_start is not None
+    assert plan.near_start is plan.below
     assert plan.near_start.member.name == "4b"
     text = "\n".join(plan.lines())
     assert "or Qwen/Qwen3-4B-Base" in text

@@ -53,3 +53,37 @@ def others(student="s58k"):
         record(student, "t800k", start="t90k", loss=3.22),
         record(student, "t230k", start="t90k", loss=3.24),
     ]
+
+
+TEACHER_LOSSES = {"t90k": 4.1, "t230k": 3.6, "t800k": 3.1}
+
+
+def by_second_law(n: float, d: float, teacher: float | None = None) -> float:
+    """Loss by the published second law, number by number."""
+    alone = 1.220 + (3355 / n**0.408 + 18186 / d**0.431) ** 0.452
+    if teacher is None:
+        return alone
+    bend = (1 + (teacher / (alone * 1.315)) ** (1 / 0.090)) ** (-522.61 * 0.090)
+    return teacher + teacher**-2.549 * bend * (2243 / n**0.321 + 24181 / d**0.637) ** 0.764
+
+
+def teachers():
+    return [
+        record("s58k", None, start=None, kind="pretrain", loss=loss, run=name).model_copy(
+            update={"student": name, "student_scale": TEACHERS[name]}
+        )
+        for name, loss in TEACHER_LOSSES.items()
+    ]
+
+
+def from_random_weights(factor=1.0):
+    """Runs by the published law, times `factor`, at two budgets a student."""
+    found = []
+    for s, n in STUDENTS.items():
+        for d in (3_000_000, 9_000_000):
+            more = {"start": None, "tokens": d}
+            found.append(record(s, None, kind="scratch", loss=factor * by_second_law(n, d), run=f"{s}-{d}", **more))
+            for t, own in TEACHER_LOSSES.items():
+                loss = factor * by_second_law(n, d, own)
+                found.append(record(s, t, loss=loss, run=f"{s}-{t}-{d}", **more))
+    return found

@@ -55,7 +55,7 @@ def test_the_law_drawn_twice_is_the_same_file(tmp_path):
 
 
 def test_the_law_in_words():
-    assert law_words(fit_law(observations_of(study()), replicates=50)).startswith("T* = 2.38 S + 19.2k\n95%")
+    assert law_words(fit_law(observations_of(study()), replicates=50)).startswith("T* = 2.23 S + 33k\n95%")
     one = fit_law(observations_of(study(students=("s58k",))), replicates=0)
     assert law_words(one) == "T* = 2.82 S"
 

@@ -89,7 +89,7 @@ def test_the_closing_table_with_and_without_a_law():
     records = study()
     text = printed(closing_table(records, fit_law(observations_of(records), replicates=50)))
     assert "s120k" in text
-    assert "T* = 2.38 S" in text
+    assert "T* = 2.23 S" in text
     odd = record("s58k", "t90k", run="run [bold]1[/bold]")
     text = printed(closing_table([odd], None))
     assert "run [bold]1[/bold]" in text

@@ -10,10 +10,10 @@ import typer
 from rich.console import Console
 
 from capgap.cli import law, study
-from capgap.errors import RecipeError
+from capgap.errors import LawError, RecipeError
 
 if TYPE_CHECKING:
-    from capgap.law import LawFit
+    from capgap.law import LawFit, SecondLaw
     from capgap.pipeline import RunResult, Stage
 
 Recipe = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
@@ -61,7 +61,8 @@ def plan(
     scale = _count(student, "--student")
     budget = _count(tokens, "--tokens") if tokens else None
     own = _law_for(records, scale, budget) if records else None
-    Console().print(make_plan(scale, family, tokens=budget, law=own))
+    second = _second_law_for(records) if records and budget else None
+    Console().print(make_plan(scale, family, tokens=budget, law=own, second=second))
 
 
 def pack(recipe: Recipe, overrides: Overrides = None) -> None:
@@ -209,6 +210,19 @@ def _law_for(records: Path, student: int, tokens: int | None) -> "LawFit":
             f"yours has {tokens / student:.2g}"
         )
     return law.law_of_file(records, chosen)
+
+
+def _second_law_for(records: Path) -> "SecondLaw | None":
+    """The second law of the runs from random weights, if there are enough; else says why not."""
+    from capgap.records import read
+    from capgap.report import second_law_of
+
+    try:
+        fit = second_law_of(read(records))
+    except LawError as error:
+        print(f"{records}: {error}")
+        return None
+    return fit.law if fit else None
 
 
 def report(

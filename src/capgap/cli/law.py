@@ -32,7 +32,7 @@ def fit(
     Example: capgap law fit capgap-demo/records.jsonl
     """
     from capgap.law import LossTable, fit_law, fit_optima, read_table
-    from capgap.report import by_budget
+    from capgap.report import by_budget, second_lines
 
     console = Console()
     if is_of_records(table):
@@ -42,6 +42,8 @@ def fit(
         budgets = by_budget(records) or {"": records}
         for name, rows in budgets.items():
             _show(console, name if len(budgets) > 1 else "", rows, law_of_file(table, rows))
+        for line in second_lines(records):
+            console.print(line)
         return
     found = read_table(table)
     if isinstance(found, LossTable):

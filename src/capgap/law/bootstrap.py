@@ -85,38 +85,73 @@ def noise_of(points: Sequence[StudentPoints], optima: Sequence[Optimum]) -> Nois
     return Noise(scatter, seeds, degrees)
 
 
+def optimum_errors(points: Sequence[StudentPoints], optima: Sequence[Optimum], noise: Noise) -> Floats:
+    """Standard deviations of each student's ln T* by the delta method, [N].
+
+    The vertex is at x = -c1 / (2 c2), and its gradient in the coefficients is -(0, 1, 2 x) / (2 c2). For c2 stands the
+    students' median: it is the least sure of all, and an optimum that errs by a low one must not seem the surest or the
+    least sure for it. A censored optimum gets the median of the others.
+    """
+    errors = np.full(len(points), np.nan)
+    spread = float((noise.scatter**2).mean()) if len(noise.scatter) else 0.0
+    seeds = float((noise.seeds**2).mean()) if len(noise.seeds) else 0.0
+    bends = [optimum.curvature / 2 for optimum in optima if optimum.censored is None]
+    bend = float(np.median(bends)) if bends else np.nan
+    for n, (at, optimum) in enumerate(zip(points, optima, strict=True)):
+        if optimum.censored is None:
+            solve = _solve(at, optimum)
+            vertex = np.log(optimum.teacher / optimum.reference)
+            gradient = -np.array([0.0, 1.0, 2 * vertex]) / (2 * bend) @ solve
+            errors[n] = np.sqrt((gradient**2) @ (spread + seeds / at.counts))
+    return np.where(np.isnan(errors), np.nanmedian(errors), errors)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Optima of R replicates for each of N students.
+
+    Attributes:
+        logs: ln T*, or where censored ln of the grid's edge, [R, N].
+        sides: 0 inside the grid, -1 censored at its low edge, 1 at its high edge, [R, N].
+    """
+
+    logs: Floats
+    sides: Floats
+
+
 def resample_optima(
     points: Sequence[StudentPoints],
     optima: Sequence[Optimum],
     noise: Noise,
     replicates: int,
     rng: np.random.Generator,
-) -> tuple[Floats, Floats]:
-    """Optimal teachers of R replicates for each of N students.
-
-    A replicate draws new losses around each parabola and fits it anew. A vertex that leaves the grid is put
-    at the edge it left by; a parabola that opens downwards gives the edge where it is lower.
-
-    Returns: optima [R, N] in parameters, and for each student the share of replicates put at an edge [N].
-    """
-    optima_RN = np.empty((replicates, len(points)))
-    clamped_N = np.empty(len(points))
+) -> Draws:
+    """Draws new losses around each parabola, fits it anew, and finds its optimum by the rule of `find_optimum`."""
+    logs_RN, sides_RN = np.empty((replicates, len(points))), np.zeros((replicates, len(points)))
+    edges_N2 = np.log([[at.teachers[0], at.teachers[-1]] for at in points])
     for n, (at, optimum) in enumerate(zip(points, optima, strict=True)):
         x_C = np.log(at.teachers / optimum.reference)
-        design = parabola(x_C)
-        weighted = design.T * at.counts
-        solve = np.linalg.solve(weighted @ design, weighted)
         # Drawing noise alone and adding the parabola afterwards keeps digits.
-        coefficients_R3 = _draw(at, noise, replicates, rng) @ solve.T + np.array(optimum.coefficients)
+        noise_RC = _draw(at, noise, replicates, rng)
+        coefficients_R3 = noise_RC @ _solve(at, optimum).T + np.array(optimum.coefficients)
         c1, c2 = coefficients_R3[:, 1], coefficients_R3[:, 2]
-        low, high = x_C[0], x_C[-1]
         with np.errstate(divide="ignore", invalid="ignore"):
             vertex = -c1 / (2 * c2)
-        lower_edge = np.where(c1 * low + c2 * low**2 <= c1 * high + c2 * high**2, low, high)
-        x_R = np.where(c2 > 0, np.clip(vertex, low, high), lower_edge)
-        clamped_N[n] = float(np.mean((c2 <= 0) | (vertex < low) | (vertex > high)))
-        optima_RN[:, n] = optimum.reference * np.exp(x_R)
-    return optima_RN, clamped_N
+        means_RC = noise_RC + optimum.curve(at.teachers)
+        lowest = means_RC.argmin(axis=1)
+        inside = (c2 > 0) & (vertex >= x_C[0]) & (vertex <= x_C[-1]) & (lowest > 0) & (lowest < len(x_C) - 1)
+        side = np.where(means_RC[:, 0] <= means_RC[:, -1], -1, 1)
+        sides_RN[:, n] = np.where(inside, 0, side)
+        edge = np.where(side < 0, edges_N2[n, 0], edges_N2[n, 1])
+        logs_RN[:, n] = np.where(inside, np.log(optimum.reference) + vertex, edge)
+    return Draws(logs_RN, sides_RN)
+
+
+def _solve(at: StudentPoints, optimum: Optimum) -> Floats:
+    """The matrix [3, C] that gives a parabola's coefficients from the seed means."""
+    design = parabola(np.log(at.teachers / optimum.reference))
+    weighted = design.T * at.counts
+    return np.linalg.solve(weighted @ design, weighted).astype(np.float64)
 
 
 def _draw(at: StudentPoints, noise: Noise, replicates: int, rng: np.random.Generator) -> Floats:
@@ -128,39 +163,3 @@ def _draw(at: StudentPoints, noise: Noise, replicates: int, rng: np.random.Gener
         for c, count in enumerate(at.counts.astype(int)):
             drawn_RC[:, c] += rng.choice(noise.seeds, size=(replicates, count)).mean(axis=1)
     return drawn_RC
-
-
-@dataclass(frozen=True)
-class LawNumbers:
-    """The law's numbers for each of R sets of optima, every array [R]; NaN where they are not defined."""
-
-    slope: Floats
-    intercept: Floats
-    r_squared: Floats
-    ratio: Floats
-    exponent: Floats
-
-
-def law_numbers(students_N: Floats, optima_RN: Floats) -> LawNumbers:
-    """Least-squares line, its R^2, geometric-mean ratio and log-log slope of R sets of N optima.
-
-    The ratio is exp(mean ln(T / S)): parabolas in ln T err by factors, not by differences, and the largest
-    student should not decide alone.
-    """
-    replicates, n = optima_RN.shape
-    undefined = np.full(replicates, np.nan)
-    logs_RN = np.log(optima_RN)
-    ratio = np.exp((logs_RN - np.log(students_N)).mean(axis=1))
-    if n < 2:
-        return LawNumbers(undefined, undefined, undefined, ratio, undefined)
-    centred = students_N - students_N.mean()
-    slope = optima_RN @ centred / (centred @ centred)
-    intercept = optima_RN.mean(axis=1) - slope * students_N.mean()
-    log_centred = np.log(students_N) - np.log(students_N).mean()
-    exponent = logs_RN @ log_centred / (log_centred @ log_centred)
-    r_squared = undefined
-    if n > 2:
-        residual = ((optima_RN - slope[:, None] * students_N - intercept[:, None]) ** 2).sum(axis=1)
-        total = ((optima_RN - optima_RN.mean(axis=1, keepdims=True)) ** 2).sum(axis=1)
-        r_squared = 1 - np.divide(residual, total, out=undefined.copy(), where=total > 0)
-    return LawNumbers(slope, intercept, r_squared, ratio, exponent)

@@ -73,12 +73,30 @@ class Distillation:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What a second law was fitted to; beyond it, the law is extrapolated.
+
+    Attributes:
+        students: their fewest and most parameters.
+        teachers: the most parameters of a model trained without a teacher, as teachers are: theirs give their losses.
+        tokens: the fewest and the most that a model was trained on; the fewest is 0 where it is not known.
+        embeddings: whether N counts embeddings too.
+    """
+
+    students: tuple[float, float]
+    teachers: float
+    tokens: tuple[float, float]
+    embeddings: bool = False
+
+
+@dataclass(frozen=True)
 class SecondLaw:
-    """Both parts, and where they come from."""
+    """Both parts, where they come from, and what they were fitted to."""
 
     supervised: Supervised
     distillation: Distillation
     source: str
+    fitted: Measured
 
     def student_loss(self, teacher_loss: Floats | float, n: Floats | float, d: Floats | float) -> Floats:
         """Of a student of `n` parameters without embeddings, distilled on `d` tokens, nats per token."""
@@ -105,14 +123,18 @@ class SecondLaw:
 PUBLISHED_SECOND = SecondLaw(
     Supervised(E=1.220, A=3355.0, B=18186.0, alpha=0.408, beta=0.431, gamma=0.452),
     Distillation(A=2243.0, B=24181.0, alpha=0.321, beta=0.637, gamma=0.764, c0=2.549, c1=522.61, f1=0.090, d1=1.315),
-    SOURCE,
+    f"{SOURCE}; English C4 with a tokenizer of its own",
+    Measured(students=(143e6, 7.75e9), teachers=12.6e9, tokens=(0, 512e9)),
 )
-"""As published: students of 143M to 7.75B parameters, teachers to 12.6B, up to 512B tokens, English C4."""
+"""As published."""
+
+ALONE_NEEDED, TAUGHT_NEEDED = 6, 9
+"""Runs that a refit needs, without a teacher and under one: as many as there are coefficients."""
 
 
 @dataclass(frozen=True)
 class Alone:
-    """A run without a teacher: parameters without embeddings, tokens, held-out nats per token."""
+    """A run without a teacher: parameters (`Measured.embeddings`), tokens, held-out nats per token."""
 
     n: float
     d: float
@@ -144,15 +166,17 @@ class SecondFit:
     runs: tuple[int, int]
 
 
-def fit_second_law(alone: Sequence[Alone], taught: Sequence[Taught]) -> SecondFit:
+def fit_second_law(alone: Sequence[Alone], taught: Sequence[Taught], *, embeddings: bool = False) -> SecondFit:
     """Fits both parts to a study's runs, robustly (a soft L1 loss of the differences of logarithms).
 
     Coefficients that runs tell little about stay near the published ones: each is drawn to its published value as by
     one run with an error of a factor e for the sizes A and B, and of a half of itself for the others.
 
+    Args:
+        embeddings: whether the runs' parameters count embeddings; those that the law is asked about must then, too.
     Raises: LawError with fewer runs than coefficients (6 and 9).
     """
-    for what, runs, needed in (("without a teacher", alone, 6), ("under a teacher", taught, 9)):
+    for what, runs, needed in (("without a teacher", alone, ALONE_NEEDED), ("under a teacher", taught, TAUGHT_NEEDED)):
         if len(runs) < needed:
             raise LawError(f"{len(runs)} runs {what} from random weights; this law needs at least {needed}")
     n, d, loss = (np.array([getattr(run, key) for run in alone]) for key in ("n", "d", "loss"))
@@ -166,7 +190,10 @@ def fit_second_law(alone: Sequence[Alone], taught: Sequence[Taught]) -> SecondFi
     tn, td, tl, tt = (np.array([getattr(run, key) for run in taught]) for key in ("n", "d", "loss", "teacher_loss"))
     own = first.loss(tn, td)
     second = _fit(PUBLISHED_SECOND.distillation, lambda part: np.log(part.loss(tt, own, tn, td) / tl), {})
-    law = SecondLaw(first, second, f"refit to {len(alone)} and {len(taught)} runs; form: {SOURCE}")
+    sizes, tokens = [float(x) for x in (*n, *tn)], [float(x) for x in (*d, *td)]
+    fitted = Measured((min(sizes), max(sizes)), float(n.max()), (min(tokens), max(tokens)), embeddings)
+    source = f"refit to {len(alone)} runs without a teacher and {len(taught)} under one; form: {SOURCE}"
+    law = SecondLaw(first, second, source, fitted)
     errors = _rms(first.loss(n, d) - loss), _rms(law.student_loss(tt, tn, td) - tl)
     return SecondFit(law, errors, (len(alone), len(taught)))
 

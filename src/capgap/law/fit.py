@@ -8,17 +8,10 @@ from typing import Any
 import numpy as np
 
 from capgap.errors import LawError
-from capgap.law.bootstrap import (
-    LawNumbers,
-    Noise,
-    StudentPoints,
-    gather,
-    law_numbers,
-    noise_of,
-    resample_optima,
-)
-from capgap.law.lawfit import Estimate, LawFit, Observation, Status, StudentOptimum
-from capgap.law.optimum import Floats, find_optimum
+from capgap.law.bootstrap import Draws, Noise, StudentPoints, gather, noise_of, optimum_errors, resample_optima
+from capgap.law.chain import Chain, Optima, interval
+from capgap.law.lawfit import LawFit, Observation, Status, StudentOptimum
+from capgap.law.optimum import find_optimum
 from capgap.law.published import check_scale, scale_text
 
 FEW_DEGREES = 5
@@ -29,17 +22,18 @@ def fit_law(
 ) -> LawFit:
     """Fits each student's optimal teacher, and the law through the optima.
 
-    The line T* = a S + b is an unweighted least-squares fit, the ratio T* = r S a geometric mean, the
-    exponent the slope of ln T* in ln S. An optimum at the edge of its grid is censored: it is reported, and
-    never enters a fit. Two optima inside their grids make the law "linear", one makes it "proportional", none
-    "none".
+    The line T* = a S + b, the ratio T* = r S and the power T* = c S^k are fitted by maximum likelihood in ln T*. Each
+    optimum weighs by its own error and by how far optima scatter about the curve beyond their errors. An optimum at the
+    edge of its grid is censored: it enters as the probability of lying beyond the edge, never as a point. Two optima
+    inside their grids make the law "linear", one makes it "proportional", none "none".
 
     Intervals are bootstrap percentiles over the whole chain, so that two students, whose line leaves no
     residual, get an honest interval too: new losses are drawn around each student's parabola (residuals
     pooled over students and scaled by sqrt(n / (n - 3)); where a teacher has several seeds, seeds are drawn
-    as well), and the optima and the law are computed anew. In a replicate an optimum that leaves its grid is
-    put at the grid's edge, so an interval that touches an edge is open on that side; `notes` says where that
-    matters. With three teachers a student and one seed no scatter is left, and the intervals are None.
+    as well), and the optima, censored ones too, and the law are found anew. Where there are two optima more than a
+    curve has parameters, how they scatter about it tells more, and replicates are drawn about the optima (see `chain`).
+    In a replicate an optimum may leave its grid, so an interval that touches an edge is open on that side; `notes` says
+    where that matters. With three teachers a student and one seed no scatter is left, and the intervals are None.
 
     Args:
         observations: one per run, in any order; scales in parameters, losses in nats per token.
@@ -60,40 +54,46 @@ def fit_law(
         teachers, losses = np.array([o.teacher for o in mine]), np.array([o.loss for o in mine])
         optima.append(find_optimum(teachers, losses, student=f"student {scale_text(scale)}"))
         points.append(gather(scale, teachers, losses))
-    inside = [i for i, optimum in enumerate(optima) if optimum.censored is None]
-    status: Status = "linear" if len(inside) > 1 else "proportional" if inside else "none"
+    inside = np.array([optimum.censored is None for optimum in optima])
+    status: Status = "linear" if inside.sum() > 1 else "proportional" if inside.any() else "none"
     noise = noise_of(points, optima)
-
-    draws = np.empty((0, len(inside)))
-    clamped = np.zeros(len(inside))
-    if inside and replicates and noise.degrees:
-        rng = np.random.default_rng(seed)
-        draws, clamped = resample_optima(
-            [points[i] for i in inside], [optima[i] for i in inside], noise, replicates, rng
+    known = bool(inside.any() and noise.degrees)
+    errors_N = optimum_errors(points, optima, noise) if known else None
+    draws = None
+    if known and replicates:
+        draws = resample_optima(points, optima, noise, replicates, np.random.default_rng(seed))
+    rows = tuple(
+        StudentOptimum(
+            at.student,
+            optimum,
+            *(interval(np.exp(draws.logs[:, n]), level) if draws and inside[n] else (None, None)),
+            error=None if errors_N is None else float(errors_N[n]),
         )
-    students = np.array([points[i].student for i in inside])
-    best = np.array([[optima[i].teacher for i in inside]])
-    found = law_numbers(students, best) if inside else None
-    drawn = law_numbers(students, draws) if len(draws) else None
-    rows = []
-    for i, (at, optimum) in enumerate(zip(points, optima, strict=True)):
-        low, high = _interval(draws[:, inside.index(i)], level) if i in inside else (None, None)
-        rows.append(StudentOptimum(at.student, optimum, low, high))
-    left = dict(zip(students.tolist(), clamped.tolist(), strict=True))
+        for n, (at, optimum) in enumerate(zip(points, optima, strict=True))
+    )
+    chain = Chain(Optima.of(rows), draws, replicates if known else 0, np.random.default_rng([seed, 1]), level)
+    linear = status == "linear"
+    line = chain.fit("line") if linear else None
+    power = chain.fit("power") if linear else None
+    ratio = chain.fit("ratio") if inside.any() else None
+    deciding = line or ratio
     return LawFit(
         status=status,
-        optima=tuple(rows),
-        slope=_estimate("slope", found, drawn, level),
-        intercept=_estimate("intercept", found, drawn, level),
-        r_squared=_estimate("r_squared", found, drawn, level),
-        ratio=_estimate("ratio", found, drawn, level),
-        exponent=_estimate("exponent", found, drawn, level),
-        notes=_notes(rows, points, noise, replicates, left, (1 - level) / 2),
+        optima=rows,
+        slope=line and line.estimate(lambda fitted: fitted.line()[0]),
+        intercept=line and line.estimate(lambda fitted: fitted.line()[1]),
+        r_squared=line and line.r_squared(),
+        ratio=ratio and ratio.estimate(lambda fitted: np.exp(fitted.theta_RK[:, 0])),
+        exponent=power and power.estimate(lambda fitted: fitted.theta_RK[:, 1]),
+        p_linear=power and power.p_value(1.0),
+        scatter=deciding and deciding.scatter,
+        notes=_notes(rows, points, noise, replicates, draws, (1 - level) / 2),
         observations=tuple(ordered),
         replicates=replicates,
         seed=seed,
         level=level,
-        line_draws=_lines(drawn),
+        line_draws=line.draws() if line else np.empty((0, 3)),
+        ratio_draws=ratio.draws() if ratio else np.empty((0, 2)),
     )
 
 
@@ -144,33 +144,12 @@ def _checked(observations: Iterable[Observation]) -> list[Observation]:
     return ordered
 
 
-def _interval(draws_R: Floats, level: float) -> tuple[float | None, float | None]:
-    if not len(draws_R) or not np.isfinite(draws_R).all():
-        return None, None
-    low, high = np.quantile(draws_R, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def _estimate(name: str, found: LawNumbers | None, drawn: LawNumbers | None, level: float) -> Estimate | None:
-    value = np.nan if found is None else float(getattr(found, name)[0])
-    if not np.isfinite(value):
-        return None
-    low, high = (None, None) if drawn is None else _interval(getattr(drawn, name), level)
-    return Estimate(value, low, high)
-
-
-def _lines(drawn: LawNumbers | None) -> Floats:
-    if drawn is None or not np.isfinite(drawn.slope).all():
-        return np.empty((0, 2))
-    return np.stack([drawn.slope, drawn.intercept], axis=1)
-
-
 def _notes(
     rows: Sequence[StudentOptimum],
     points: Sequence[StudentPoints],
     noise: Noise,
     replicates: int,
-    clamped: dict[float, float],
+    draws: Draws | None,
     tail: float,
 ) -> tuple[str, ...]:
     notes = []
@@ -180,7 +159,7 @@ def _notes(
             beyond = "smaller" if row.optimum.censored == "low" else "larger"
             notes.append(
                 f"student {scale_text(row.student)}: censored at the grid's {row.optimum.censored} edge "
-                f"({edge}); its optimal teacher may be {beyond}, so it does not enter the fit"
+                f"({edge}); its optimal teacher may be {beyond}, so it enters the fit as a bound, not as a point"
             )
     inside = sum(row.optimum.censored is None for row in rows)
     if inside == 2:
@@ -189,6 +168,8 @@ def _notes(
         notes.append("one optimum inside its grid: a ratio can be given, a line cannot")
     if inside == 0:
         notes.append("no optimum lies inside its grid of teachers, so there is no law; widen the grid")
+    if inside == 3:
+        notes.append("three optima hardly tell how optima scatter about a line: its intervals take them not to")
     if inside and not noise.degrees:
         teachers = max(len(at.teachers) for at in points)
         notes.append(
@@ -201,10 +182,11 @@ def _notes(
         notes.append(
             f"the intervals rest on {noise.degrees} degree{'s' * (noise.degrees != 1)} of freedom: take them as rough"
         )
-    for scale, share in clamped.items():
+    for n, row in enumerate(rows):
+        share = 0.0 if draws is None or row.side else float(np.mean(draws.sides[:, n] != 0))
         if share > tail:
             notes.append(
-                f"student {scale_text(scale)}: in {share:.0%} of the replicates the optimum left the grid "
-                "and was put at its edge, so its interval is open there"
+                f"student {scale_text(row.student)}: in {share:.0%} of the replicates the optimum left the grid, so "
+                "its interval is open there"
             )
     return tuple(notes)

@@ -1,6 +1,7 @@
 """A fitted law: what it says, how sure it is, and the teacher it names for a student."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -34,12 +35,25 @@ class Estimate:
 
 @dataclass(frozen=True)
 class StudentOptimum:
-    """One student's optimum; `low` and `high` bound its teacher's scale (None where censored or unknown)."""
+    """One student's optimum.
+
+    Attributes:
+        student: parameters.
+        low, high: of the interval of its teacher's scale, parameters; None where censored or unknown.
+        error: standard deviation of ln T*, with which the optimum enters the law; of a censored one the median of the
+            others. None where no scatter was left to measure it by.
+    """
 
     student: float
     optimum: Optimum
     low: float | None
     high: float | None
+    error: float | None = None
+
+    @property
+    def side(self) -> int:
+        """0 inside the grid; -1 where the optimum is at most the grid's edge, 1 where it is at least that."""
+        return {None: 0, "low": -1, "high": 1}[self.optimum.censored]
 
 
 @dataclass(frozen=True)
@@ -50,7 +64,7 @@ class Prediction:
     low: float | None
     high: float | None
     ratio: float
-    method: Literal["linear", "proportional"]
+    method: Literal["linear", "proportional", "bound"]
     note: str
 
 
@@ -73,13 +87,16 @@ class LawFit:
         optima: one per student, ascending, censored ones too.
         slope: a in T* = a S + b, dimensionless; None unless linear.
         intercept: b, parameters; None unless linear.
-        r_squared: of the line; None below three optima, where it says nothing.
+        r_squared: of the line, over the optima inside their grids; None below three, where it says nothing.
         ratio: r in T* = r S; None if the status is "none".
-        exponent: slope of ln T* in ln S; None unless linear.
+        exponent: k in T* = c S^k; None unless linear.
+        p_linear: two-sided bootstrap p value of the exponent being 1; None without intervals.
+        scatter: standard deviation of ln T* about the line (the ratio, if proportional) beyond the optima's errors.
         notes: what limits the law, one sentence each.
         observations: what it was fitted to, ordered.
         replicates, seed, level: of the bootstrap.
-        line_draws: slope and intercept (parameters) of each replicate, [R, 2]; empty without intervals.
+        line_draws: of each replicate slope, intercept (parameters) and a new optimum's deviation from the line in
+            ln T*, [R, 3]; ratio_draws: ratio and deviation, [R, 2]; empty without intervals.
     """
 
     status: Status
@@ -89,12 +106,15 @@ class LawFit:
     r_squared: Estimate | None
     ratio: Estimate | None
     exponent: Estimate | None
+    p_linear: float | None
+    scatter: float | None
     notes: tuple[str, ...]
     observations: tuple[Observation, ...]
     replicates: int
     seed: int
     level: float
     line_draws: Floats = field(repr=False, compare=False)
+    ratio_draws: Floats = field(repr=False, compare=False)
 
     @property
     def intercept_millions(self) -> Estimate | None:
@@ -106,34 +126,39 @@ class LawFit:
 
     @property
     def interior(self) -> tuple[StudentOptimum, ...]:
-        """The optima inside their grids: those the law rests on."""
+        """The optima inside their grids, which enter the fit as points."""
         return tuple(row for row in self.optima if row.optimum.censored is None)
 
     def predict(self, student: float) -> Prediction:
         """The optimal teacher of a student of `student` parameters.
 
-        The line where there is one and where it names a teacher larger than the student; else the ratio. The
-        interval's lower end is not taken below the student's own scale, of which nothing can be cut. `note`
-        says so where the student lies outside the scales that the law was fitted to, or the teacher outside
-        the teachers that were measured.
+        The line where there is one and where it names a teacher larger than the student; else the ratio, and where every
+        optimum is censored at the same edge, the ratio of the edges, as a bound. Neither a teacher nor an interval's
+        lower end is taken below the student's own scale, of which nothing can be cut. The interval is that of a new
+        student's optimum: how far the law is known, and how far optima scatter about it. `note` says so where the
+        student lies outside the scales that the law was fitted to, or the teacher outside the teachers measured.
 
         Raises: LawError if the law has no optimum to rest on, or the scale is not positive and finite.
         """
         student = check_scale(student, "the student's scale")
         if self.ratio is None:
-            raise LawError("this law has no optimum inside its grid of teachers, so it names no teacher")
-        ratio, notes = self.ratio, []
-        low, high = (None if edge is None else edge * student for edge in (ratio.low, ratio.high))
-        teacher, method = ratio.value * student, "proportional"
+            return self._bound(student)
+        notes = []
+        teacher, method = self.ratio.value * student, "proportional"
+        low, high = self._interval(student * self.ratio_draws[:, 0] * np.exp(self.ratio_draws[:, 1]))
         if self.slope is not None and self.intercept is not None:
             line = self.slope.value * student + self.intercept.value
             if line > student:
                 teacher, method = line, "linear"
-                low, high = self.line_interval(student)
+                slopes, intercepts, deviations = self.line_draws.T
+                low, high = self._interval((slopes * student + intercepts) * np.exp(deviations))
             else:
                 notes.append("the line names a teacher no larger than the student, so the ratio is used")
-        if low is not None and low < student < teacher:
-            low = student
+        if teacher < student:
+            teacher = student
+            notes.append("the law names no teacher larger than the student: the next larger model is the best")
+        if low is not None and high is not None:
+            low, high = max(low, student), max(high, student)
         scales = [row.student for row in self.interior]
         if not scales[0] <= student <= scales[-1]:
             factor = scales[0] / student if student < scales[0] else student / scales[-1]
@@ -150,11 +175,21 @@ class LawFit:
             )
         return Prediction(teacher, low, high, teacher / student, method, "; ".join(notes))
 
-    def line_interval(self, student: float) -> tuple[float | None, float | None]:
-        """Percentile interval of a S + b at one student scale, parameters; None twice without a bootstrap."""
-        if not len(self.line_draws):
+    def _bound(self, student: float) -> Prediction:
+        """Where every optimum lies beyond the same edge of its grid."""
+        sides = {row.side for row in self.optima}
+        if len(sides) > 1:
+            raise LawError("this law has no optimum inside its grid of teachers, so it names no teacher")
+        logs = [math.log(row.optimum.teacher / row.student) for row in self.optima]
+        ratio = math.exp(math.fsum(logs) / len(logs))
+        words = ("most", "smaller, so the next larger model is the best") if sides == {-1} else ("least", "larger")
+        note = f"a bound: in every grid the best teacher was at {words[0]} the edge; the optimum may be {words[1]}"
+        low, high = (student, ratio * student) if sides == {-1} else (ratio * student, None)
+        return Prediction(ratio * student, low, high, ratio, "bound", note)
+
+    def _interval(self, drawn_R: Floats) -> tuple[float | None, float | None]:
+        if not len(drawn_R):
             return None, None
-        drawn_R = self.line_draws[:, 0] * student + self.line_draws[:, 1]
         low, high = np.quantile(drawn_R, [(1 - self.level) / 2, (1 + self.level) / 2])
         return float(low), float(high)
 
@@ -182,12 +217,16 @@ class LawFit:
                 "" if self.r_squared else "needs three optima inside their grids",
             ),
             Beside("ratio T*/S", _shown(self.ratio), "about 2.5", _reading(self.ratio, 2.5)),
-            Beside("exponent of S", _shown(self.exponent), "1 (linear)", _reading(self.exponent, 1.0)),
+            Beside("exponent of S", _shown(self.exponent), "1 (linear)", self._reading_of_exponent()),
         )
+
+    def _reading_of_exponent(self) -> str:
+        words = _reading(self.exponent, 1.0)
+        return words if self.p_linear is None else f"{words} (p = {self.p_linear:.2g} that it is 1)"
 
     def to_dict(self) -> dict[str, Any]:
         """The law as plain JSON-like values; `law_from_dict` reads it."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "line_draws"}
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.name.endswith("_draws")}
         return {name: _plain(value) for name, value in fields.items()}
 
 

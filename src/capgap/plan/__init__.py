@@ -3,6 +3,7 @@
 from capgap.plan.estimate import Estimate, estimate, narrowed
 from capgap.plan.families import Family, Member, family_names, load_family
 from capgap.plan.plan import Ask, Candidate, Plan, make_plan, resolve
+from capgap.plan.second import Predicted, SecondAsk
 from capgap.plan.verdicts import Verdict
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "Family",
     "Member",
     "Plan",
+    "Predicted",
+    "SecondAsk",
     "Verdict",
     "estimate",
     "family_names",

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from transformers import AutoConfig, PreTrainedConfig
 
 from capgap.errors import RecipeError
-from capgap.recipe import Section, check
+from capgap.recipe import Count, Section, check
 
 _FOLDER = resources.files("capgap.plan") / "families"
 
@@ -21,6 +21,7 @@ class Member(Section):
         name: how a recipe names it, such as 7b.
         hub: where its weights are, on the Hugging Face hub.
         parameters: exact, shared weights counted once.
+        trained_on: tokens of its pretraining, as its makers state them; None where they do not.
         note: what whoever picks it should know, if anything.
         config: the configuration's fields that its size depends on, beside the family's.
     """
@@ -28,6 +29,7 @@ class Member(Section):
     name: str
     hub: str
     parameters: Annotated[int, Field(gt=0)]
+    trained_on: Count | None = None
     note: str = ""
     config: dict[str, Any]
 

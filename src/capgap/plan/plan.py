@@ -7,9 +7,10 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from capgap.errors import RecipeError, ShapeError
-from capgap.law import LawFit, published_teacher
+from capgap.law import LawFit, SecondLaw, published_teacher
 from capgap.plan.estimate import Estimate, estimate
 from capgap.plan.families import Family, Member, load_family
+from capgap.plan.second import SecondAsk, second_asks
 from capgap.plan.text import candidate_table, plan_lines
 from capgap.plan.verdicts import Verdict, verdicts
 from capgap.recipe import FamilyPick, ModelRef
@@ -62,6 +63,7 @@ class Plan:
         near_start: the smallest candidate below the teacher: another model to cut the student from.
         tokens: the budget, or None.
         cost: of the teacher picked; None without a teacher.
+        second: the second law's words, the user's own first; without tokens, or where the members' are not known, none.
         verdicts: what speaks against it.
     """
 
@@ -73,6 +75,7 @@ class Plan:
     near_start: Candidate | None
     tokens: int | None
     cost: Estimate | None
+    second: tuple[SecondAsk, ...]
     verdicts: tuple[Verdict, ...]
 
     @property
@@ -110,6 +113,7 @@ def make_plan(
     *,
     tokens: int | None = None,
     law: LawFit | None = None,
+    second: SecondLaw | None = None,
     context: int = 4096,
 ) -> Plan:
     """Plans the teacher of a student of `student_params` parameters among the members of a family.
@@ -117,6 +121,7 @@ def make_plan(
     Args:
         tokens: the budget of distillation; None where it is open.
         law: a law of the user's own, which then decides; the published one is shown beside it.
+        second: a second law of the user's own, shown before the published one; neither decides.
         context: tokens of a sequence; a member whose positions are fewer lowers it.
     Raises: RecipeError for an unknown family or a count that is not positive; LawError if the law given names
         no teacher; ShapeError for a context that is not positive.
@@ -136,14 +141,25 @@ def make_plan(
     )
     teacher = next((c for c in candidates if c.member is asked.pick), None)
     cost = near = None
+    told: tuple[SecondAsk, ...] = ()
     if teacher is not None:
         config = family.config_of(teacher.member)
         cost = estimate(student_params, config, min(context, config.max_position_embeddings))
         near = candidates[0] if candidates[0] is not teacher else None
+        if tokens is not None:
+            told = second_asks(student_params, cost.student, family, [c.member for c in candidates], tokens, second)
     against = verdicts(
-        student_params, family, asked.teacher, asked.low, asked.pick, tokens, cost.student if cost else None
+        student_params,
+        family,
+        asked.teacher,
+        asked.low,
+        asked.pick,
+        tokens,
+        cost.student if cost else None,
+        # A refit to small models does not warn of large ones; the published law is the last.
+        next((ask for ask in told if not ask.extrapolated), told[-1] if told else None),
     )
-    return Plan(student_params, family, asks, candidates, teacher, near, tokens, cost, against)
+    return Plan(student_params, family, asks, candidates, teacher, near, tokens, cost, told, against)
 
 
 def resolve(ref: ModelRef, student_params: int | None, *, law: LawFit | None = None) -> str:

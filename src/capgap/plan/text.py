@@ -8,7 +8,9 @@ from capgap.cost import format_bytes, format_count, format_flops
 from capgap.plan.estimate import FULL, H100_BYTES, H100_FLOPS, USED, Estimate
 
 if TYPE_CHECKING:
+    from capgap.plan.families import Member
     from capgap.plan.plan import Ask, Candidate, Plan
+    from capgap.plan.second import SecondAsk
 
 
 def plan_lines(plan: "Plan") -> list[str]:
@@ -17,6 +19,7 @@ def plan_lines(plan: "Plan") -> list[str]:
     for ask in plan.asks:
         lines += _law(ask)
     lines += _difference(plan)
+    lines += _second(plan)
     lines.append(f"family: {plan.family.name}, sizes from {plan.family.source}")
     if plan.teacher is not None:
         lines.append(f"teacher: {plan.teacher.member.hub}, {_described(plan.teacher)}")
@@ -68,6 +71,49 @@ def _difference(plan: "Plan") -> list[str]:
             f"{published.pick.name}; yours decides here"
         )
     ]
+
+
+def _second(plan: "Plan") -> list[str]:
+    if plan.teacher is None:
+        return []
+    if plan.tokens is None:
+        return ["second law: needs the tokens that you will distil on"]
+    if not plan.second:
+        return [f"second law: not asked, the tokens that {plan.family.name}'s members were trained on are not known"]
+    return [line for ask in plan.second for line in _second_ask(ask, plan, plan.teacher.member)]
+
+
+def _second_ask(ask: "SecondAsk", plan: "Plan", decided: "Member") -> list[str]:
+    fitted, pick = ask.law.fitted, ask.pick
+    under = [f"{p.member.name} {p.loss:.4f}" for p in ask.members]
+    under += [f"{c.member.name} not known" for c in plan.candidates if c.member.trained_on is None]
+    counted = f"{format_count(ask.parameters)} of the student's parameters, embeddings left out"
+    if fitted.embeddings:
+        counted = "all of the student's parameters"
+    lines = [
+        (
+            f"{ask.name}: {pick.member.name}, under which a student from random weights is predicted to reach "
+            f"{pick.loss:.4f} nats per token, {ask.alone:.4f} without a teacher (under each: {', '.join(under)})"
+        ),
+        (
+            f"  note: {ask.law.source}; not of students cut from a model; fitted to students of "
+            f"{' to '.join(map(format_count, fitted.students))}, own losses of teachers to "
+            f"{format_count(fitted.teachers)}, and {format_count(fitted.tokens[1])} tokens; it counts {counted}"
+        ),
+    ]
+    if ask.extrapolated:
+        lines.append(f"  note: extrapolated: {'; '.join(ask.extrapolated)}")
+    if decided is not pick.member:
+        lines.append(_laws_differ(ask, decided))
+    return lines
+
+
+def _laws_differ(ask: "SecondAsk", decided: "Member") -> str:
+    line = f"the laws differ: capacity gap picks {decided.name} and decides here, {ask.name} {ask.pick.member.name}"
+    for p in ask.members:
+        if p.member is decided:
+            line += f" ({p.loss:.4f} and {ask.pick.loss:.4f} nats per token, as the latter predicts)"
+    return line
 
 
 def _described(candidate: "Candidate") -> str:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from capgap.cost import Parameters, format_count
 from capgap.plan.families import Family, Member
+from capgap.plan.second import SecondAsk
 
 Key = Literal[
     "no-teacher",
@@ -14,6 +15,7 @@ Key = Literal[
     "deep-cut",
     "same-size",
     "few-tokens",
+    "no-gain",
     "vocabulary",
 ]
 
@@ -39,18 +41,21 @@ def verdicts(
     teacher: Member | None,
     tokens: int | None,
     shape: Parameters | None,
+    second: SecondAsk | None,
 ) -> tuple[Verdict, ...]:
     """All that speaks against distilling `student` parameters from `teacher`, in the order to read it.
 
     Args:
         asked, low: the teacher's scale by the law and the lower end of its interval, parameters.
         shape: the parameters of the student's estimated shape.
+        second: what the second law says, where it was asked.
     """
     found = [
         _range(student, family, asked, low, teacher),
         _deep(student, teacher),
         _same(student, family),
         _tokens(student, tokens),
+        _gain(second),
         _vocabulary(student, family, shape),
     ]
     return tuple(verdict for verdict in found if verdict is not None)
@@ -130,6 +135,19 @@ def _tokens(student: int, tokens: int | None) -> Verdict | None:
             f"{format_count(tokens)} tokens are {tokens / student:.2g} a student parameter, fewer than "
             f"{FEW_TOKENS:g}: the budget shifts the optimum, and with so few the teacher nearest to the student "
             "tends to win; take the pick as uncertain and compare its neighbours in short runs"
+        ),
+    )
+
+
+def _gain(second: SecondAsk | None) -> Verdict | None:
+    if second is None or second.gain > 0:
+        return None
+    return Verdict(
+        "no-gain",
+        (
+            f"{second.name}: at {format_count(second.tokens)} tokens no teacher here helps a student from random "
+            f"weights ({second.pick.loss:.4f} nats per token under {second.pick.member.name}, {second.alone:.4f} "
+            "without one); compare with training alone"
         ),
     )
 

@@ -4,6 +4,7 @@ from capgap.report.figures import law_figure, loss_against_teacher, roles_figure
 from capgap.report.page import write_page
 from capgap.report.report import Report, closing_table, law_of, write_report
 from capgap.report.rows import RoleBar, by_budget, observations_of, role_bars
+from capgap.report.second import second_law_of, second_lines, second_runs
 
 __all__ = [
     "Report",
@@ -16,6 +17,9 @@ __all__ = [
     "observations_of",
     "role_bars",
     "roles_figure",
+    "second_law_of",
+    "second_lines",
+    "second_runs",
     "training_curves",
     "write_page",
     "write_report",

@@ -50,8 +50,8 @@ def loss_against_teacher(
     optima = {row.student: row for row in law.optima} if law else {}
     low, high = _padded([o.teacher for o in observations], 1.25)
     with look():
-        figure, panels = _panels(len(students))
-        for axes, student in zip(panels, students, strict=True):
+        figure, grid = panels(len(students))
+        for axes, student in zip(grid, students, strict=True):
             points = [(o.teacher, o.loss) for o in observations if o.student == student]
             _loss_panel(axes, student, points, optima.get(student))
             scale_axis(axes, "x", low, high)
@@ -60,7 +60,7 @@ def loss_against_teacher(
         figure.supylabel("student's held-out loss, nats per token", fontsize=11)
         columns = 2 if len(students) < 3 else 4
         figure.legend(handles=_loss_legend(optima), loc="outside upper left", ncols=columns, fontsize=10)
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def _loss_panel(axes: Axes, student: float, points: list[tuple[float, float]], row: StudentOptimum | None) -> None:
@@ -126,7 +126,7 @@ def law_figure(law: LawFit, path: Path, *, names: Mapping[float, str] | None = N
         scale_axis(axes, "y", bottom, top, 7)
         axes.set_xlabel("student S, parameters")
         axes.set_ylabel("optimal teacher T*, parameters")
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def _fit_and_band(axes: Axes, law: LawFit, at: np.ndarray) -> None:
@@ -179,14 +179,14 @@ def training_curves(records: Sequence[RunRecord], path: Path) -> Path | None:
     scales = sorted({r.teacher_scale or 0 for r in shown if r.teacher is not None})
     colour = dict(zip(scales, colours(len(scales)), strict=True))
     with look():
-        figure, panels = _panels(len(students), 1.3)
-        for axes, student in zip(panels, students, strict=True):
+        figure, grid = panels(len(students), 1.3)
+        for axes, student in zip(grid, students, strict=True):
             mine = [r for r in shown if r.student_scale == student]
             _curve_panel(axes, mine, colour)
             axes.set_title(_name(student, {student: mine[0].student}))
         figure.supxlabel("tokens", fontsize=11)
         figure.supylabel("held-out loss, nats per token", fontsize=11)
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def curve_of(record: RunRecord) -> list[tuple[float, float]]:
@@ -255,10 +255,11 @@ def roles_figure(bars: Sequence[RoleBar], path: Path, *, title: str) -> Path:
         words = "held-out loss, nats per token: lower is better, the axis does not start at 0"
         figure.supxlabel(words, fontsize=11)
         axes.set_title(title, pad=10, fontsize=13)
-        return _save(figure, path)
+        return save(figure, path)
 
 
-def _panels(count: int, width_factor: float = 1.0) -> tuple[Figure, list[Axes]]:
+def panels(count: int, width_factor: float = 1.0) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels. Call inside `look()`."""
     columns = count if count <= 3 else 2 if count == 4 else 3
     rows = math.ceil(count / columns)
     figure = new_figure(max(6.4, 3.5 * columns * min(width_factor, 1.15)), 1.0 + 3.1 * rows)
@@ -275,7 +276,8 @@ def _padded(values: Sequence[float], factor: float) -> tuple[float, float]:
     return min(values) / factor, max(values) * factor
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Writes a PNG, whole or not at all; `path`."""
     with atomic_file(Path(path)) as beside:
         figure.savefig(beside, format="png", dpi=160, metadata={"Software": None})
     return Path(path)

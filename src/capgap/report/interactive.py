@@ -38,13 +38,13 @@ def loss_plot(student: float, observations: Sequence[Observation], row: StudentO
     if row is not None:
         found = row.optimum
         at = np.geomspace(found.grid[0], found.grid[-1], 80)
-        traces.insert(0, _line(at, found.curve(at), BLUE, "parabola"))
+        traces.insert(0, line_of(at, found.curve(at), BLUE, "parabola"))
         if row.low is not None and row.high is not None:
-            traces.append(_line([row.low, row.high], [found.loss] * 2, VERMILLION, "interval of T*", width=5))
+            traces.append(line_of([row.low, row.high], [found.loss] * 2, VERMILLION, "interval of T*", width=5))
         traces.append(_optimum(found.teacher, found.loss, found.censored, (
             f"{optimum_words(row)}, loss {found.loss:.4f}"
         ), "triangle-left" if found.censored == "low" else "triangle-right"))  # fmt: skip
-    layout = _layout("teacher, parameters", "held-out loss, nats per token")
+    layout = layout_of("teacher, parameters", "held-out loss, nats per token")
     layout["xaxis"] |= _scale_axis(min(*teachers, published) / 1.2, max(*teachers, published) * 1.2)
     layout["shapes"] = [{
         "type": "line", "x0": published, "x1": published, "yref": "paper", "y0": 0, "y1": 1,
@@ -77,20 +77,20 @@ def law_plot(law: LawFit, names: Mapping[float, str]) -> PlotlyFigure:
         lows = [p.low for p in predicted if p.low is not None]
         highs = [p.high for p in predicted if p.high is not None]
         if len(lows) == len(highs) == len(at):
-            outline = _line([*at, *at[::-1]], [*highs, *lows[::-1]], "rgba(0,0,0,0)", "interval")
+            outline = line_of([*at, *at[::-1]], [*highs, *lows[::-1]], "rgba(0,0,0,0)", "interval")
             band = {"fill": "toself", "fillcolor": "rgba(0,114,178,0.13)", "hoverinfo": "skip"}
             traces.append(outline | band)
-        traces.append(_line(at, [p.teacher for p in predicted], BLUE, "this law", width=3))
-    traces.append(_line(at, PUBLISHED.slope * at, ORANGE, "published: 2.5 S", dash="dash"))
+        traces.append(line_of(at, [p.teacher for p in predicted], BLUE, "this law", width=3))
+    traces.append(line_of(at, PUBLISHED.slope * at, ORANGE, "published: 2.5 S", dash="dash"))
     for row in law.optima:
         found = row.optimum
         if row.low is not None and row.high is not None:
-            traces.append(_line([row.student] * 2, [row.low, row.high], VERMILLION, "interval", width=3))
+            traces.append(line_of([row.student] * 2, [row.low, row.high], VERMILLION, "interval", width=3))
         name = escape(names.get(row.student, scale_text(row.student)))
         symbol = "triangle-down" if found.censored == "low" else "triangle-up"
         traces.append(_optimum(row.student, found.teacher, found.censored, f"{name}: {optimum_words(row)}", symbol))
     teachers = [row.optimum.teacher for row in law.optima] + [2.5 * low, 2.5 * high]
-    layout = _layout("student S, parameters", "optimal teacher T*, parameters")
+    layout = layout_of("student S, parameters", "optimal teacher T*, parameters")
     layout["xaxis"] |= _scale_axis(low, high)
     layout["yaxis"] |= _scale_axis(min(teachers) / 1.15, max(teachers) * 1.15)
     layout["annotations"] = [{
@@ -115,11 +115,11 @@ def curve_plot(records: Sequence[RunRecord]) -> PlotlyFigure | None:
         dash = "dash" if r.teacher is None else "solid" if r.start == r.teacher else "dashdot"
         name = escape(f"{run_label(r)}, seed {r.seed}")
         template = f"{name}<br>%{{x:.3s}} tokens: %{{y:.4f}}<extra></extra>"
-        trace = _line(tokens, losses, line, name, dash=dash) | {"hoverinfo": "all", "hovertemplate": template}
+        trace = line_of(tokens, losses, line, name, dash=dash) | {"hoverinfo": "all", "hovertemplate": template}
         traces.append(trace | {"showlegend": True})
         settled += [loss for t, loss in zip(tokens, losses, strict=True) if t >= 0.3 * tokens[-1]]
     room = 0.05 * (max(settled) - min(settled) or 0.1)
-    layout = _layout("tokens", "held-out loss, nats per token")
+    layout = layout_of("tokens", "held-out loss, nats per token")
     layout["xaxis"]["tickformat"] = "~s"
     layout["yaxis"]["range"] = [min(settled) - room, max(settled) + room]
     return {"data": traces, "layout": layout | {"legend": {"orientation": "h", "y": -0.22}}}
@@ -141,7 +141,7 @@ def roles_plot(bars: Sequence[RoleBar]) -> PlotlyFigure:
     if several:
         words = [f"one seed: {loss:.4f}" for loss, _ in several]
         traces.append(_points([loss for loss, _ in several], [label for _, label in several], words, INK, 7))
-    layout = _layout("held-out loss, nats per token (does not start at 0)", "")
+    layout = layout_of("held-out loss, nats per token (does not start at 0)", "")
     layout["xaxis"]["range"] = [min(everything) - 0.5 * room, max(everything) + 0.1 * room]
     layout["yaxis"] |= {"autorange": "reversed", "automargin": True, "showgrid": False}
     return {"data": traces, "layout": layout | {"height": 150 + 62 * len(bars)}}
@@ -157,10 +157,11 @@ def _points(
     }  # fmt: skip
 
 
-def _line(
+def line_of(
     x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, colour: str, name: str,
     *, width: int = 2, dash: str = "solid",
 ) -> dict[str, Any]:  # fmt: skip
+    """A trace of a line."""
     return {
         "type": "scatter", "mode": "lines", "x": [float(v) for v in x], "y": [float(v) for v in y],
         "name": name, "line": {"color": colour, "width": width, "dash": dash}, "hoverinfo": "name",
@@ -183,7 +184,8 @@ def _scale_axis(low: float, high: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _layout(x: str, y: str) -> dict[str, Any]:
+def layout_of(x: str, y: str) -> dict[str, Any]:
+    """The layout of a figure with these titles of its axes."""
     axis = {"gridcolor": FAINT, "linecolor": SOFT, "zeroline": False, "ticks": "outside"}
     return {
         "xaxis": axis | {"title": {"text": x}}, "yaxis": axis | {"title": {"text": y}, "automargin": True},

@@ -10,14 +10,16 @@ from capgap.errors import LawError
 from capgap.law import PUBLISHED, LawFit, Observation, fit_law, scale_text
 from capgap.records import RunRecord
 from capgap.report import figures
+from capgap.report.analysis import Analysis, analyse
 from capgap.report.interactive import curve_plot, law_plot, loss_plot, optimum_words, roles_plot
+from capgap.report.maps import ratio_over_tokens, roles_heat, roles_map, tokens_plot
 from capgap.report.page import Figure, Table, write_page
+from capgap.report.picks import Pick, picks_of
 from capgap.report.rows import (
     RoleBar,
     Row,
-    by_budget,
+    budget_names,
     fittable,
-    is_coupled,
     law_rows,
     measured,
     names_of,
@@ -26,6 +28,15 @@ from capgap.report.rows import (
     provenance_rows,
     role_bars,
     run_rows,
+)
+from capgap.report.tables import (
+    budget_rows,
+    influence_rows,
+    pick_rows,
+    role_rows,
+    score_rows,
+    test_rows,
+    token_rows,
 )
 
 PAGE = "report.html"
@@ -67,22 +78,21 @@ def write_report(
     """
     if not records:
         raise LawError("a report needs at least one run record; found none")
-    folder, observations, names = Path(folder), observations_of(records), names_of(records)
+    folder, names = Path(folder), names_of(records)
     everything = list({r.run: r for r in [*records, *comparison]}.values())
-    said = list(statements)
-    budgets = by_budget(records)
-    if len(budgets) > 1:
-        budget = max(reversed(budgets), key=lambda name: len(budgets[name]))
-        others = ", ".join(f"{name} ({len(runs)} runs)" for name, runs in budgets.items() if name != budget)
-        said.append(f"The law and the losses over teachers are those at {budget}; there are also runs at {others}.")
-        chosen = {r.run for r in budgets[budget]}
-        records = [r for r in records if not is_coupled(r) or r.run in chosen]
-        observations = observations_of(records)
+    analysis = analyse(records)
+    main, said = analysis.main, list(statements)
+    shown = list(main.records) if main else [r for r in records if not r.condition]
+    if main is not None and len(analysis.budgets) > 1:
+        others = ", ".join(f"{b.name} ({len(b.records)} runs)" for b in analysis.budgets if b is not main)
+        said.append(f"The law and the losses over teachers are those at {main.name}; there are also runs at {others}.")
+    observations = observations_of(shown)
     if law is None:
-        law, reasons = _fit(records)
+        law, reasons = _fit(shown)
         said += reasons
-    said += measured(everything, law)
-    roles = _roles(records, comparison, law)
+    said += measured(everything, law) + list(analysis.notes)
+    maps, bars = _maps(everything, analysis), _roles(records, comparison, law)
+    picks = picks_of(records, analysis)
 
     written = []
     if observations:
@@ -90,11 +100,13 @@ def write_report(
         written.append(figures.loss_against_teacher(observations, path, law=law, names=names))
     if law is not None:
         written.append(figures.law_figure(law, folder / "law.png", names=names))
-    curves = figures.training_curves(everything, folder / "training-curves.png")
-    written += [curves] if curves is not None else []
-    for student, (_, bars) in roles.items():
+    drawn = [ratio_over_tokens(analysis, folder / "ratio-over-tokens.png", names)]
+    drawn.append(roles_map(maps, folder / "roles.png") if maps else None)
+    drawn.append(figures.training_curves(_few(everything, shown), folder / "training-curves.png"))
+    written += [path for path in drawn if path is not None]
+    for student, (_, ways) in bars.items():
         heading = f"Ways to a student of {scale_text(student)} parameters"
-        written.append(figures.roles_figure(bars, folder / f"roles-{student}.png", title=heading))
+        written.append(figures.roles_figure(ways, folder / f"roles-{student}.png", title=heading))
 
     rows = optimum_rows(law, names) if law is not None else []
     page = write_page(
@@ -105,13 +117,74 @@ def write_report(
         sections=[
             *_law_sections(law, names, rows),
             *_loss_sections(observations, law, names),
-            *(_role_section(name, bars) for name, bars in roles.values()),
-            *_curve_sections(everything),
+            *analysis_sections(analysis, law, picks, names),
+            *(Figure(f"Start and teacher apart: {name}", roles_heat(runs), _HEAT) for name, runs in maps.items()),
+            *(_role_section(name, ways) for name, ways in bars.values()),
+            *_curve_sections(_few(everything, shown)),
             Table("Every run", run_rows(everything), "Losses are held-out nats per token."),
             Table("Provenance", provenance_rows(everything, law), f"Published law: {PUBLISHED.source}."),
         ],
     )
     return Report(page, tuple(written), law, tuple(rows))
+
+
+_HEAT = "Mean held-out loss over seeds. Random: random weights in place of a cut; none: cross-entropy alone."
+MANY = 40
+"""Runs from which on only those that the law rests on, and those without a teacher, have their curves drawn."""
+
+
+def _few(records: Sequence[RunRecord], shown: Sequence[RunRecord]) -> list[RunRecord]:
+    trained = [r for r in records if r.kind != "pretrain"]
+    if len(trained) <= MANY:
+        return trained
+    keep = {r.run for r in shown}
+    tokens = {(r.student, r.tokens) for r in shown}
+    alone = [r for r in trained if r.kind == "scratch" and not r.condition and (r.student, r.tokens) in tokens]
+    return [r for r in trained if r.run in keep] + alone
+
+
+def _maps(records: Sequence[RunRecord], analysis: Analysis) -> dict[str, list[RunRecord]]:
+    """The runs of each student and budget whose roles were varied apart, by a title."""
+    trained = [r for r in records if r.kind != "pretrain" and not r.condition]
+    names, budgets = names_of(trained), budget_names([r for r in trained if r.kind == "distill" and r.start])
+    found = {}
+    for roles in analysis.roles:
+        for surface in roles.surfaces:
+            mine = [r for r in trained if r.student_scale == surface.student]
+            tokens = {r.tokens for r in mine if budgets.get(r.run) == roles.name}
+            title = f"{names[surface.student]}, {roles.name}"
+            found[title] = [r for r in mine if r.tokens in tokens]
+    return found
+
+
+def analysis_sections(
+    analysis: Analysis, law: LawFit | None, picks: Sequence[Pick], names: dict[float, str]
+) -> list[Figure | Table]:
+    """What the analysis adds to the law of one budget; only what is there."""
+    found: list[Figure | Table] = []
+    if len(analysis.budgets) > 1:
+        caption = "Open triangles are censored. Dashed: the published 2.5 S."
+        found.append(Figure("The best teacher over tokens", tokens_plot(analysis, names), caption))
+        found.append(Table("The law at each budget", budget_rows(analysis), "In parentheses 95 % intervals."))
+    if analysis.tokens is not None:
+        inside, censored = analysis.tokens.optima
+        caption = f"T* = ratio S (S/S0)^(k - 1) (D/S / d0)^g, through {inside} optima and {censored} bounds."
+        found.append(Table("The law with tokens", token_rows(analysis.tokens), caption))
+    if analysis.scores:
+        caption = "Each student scale in turn is foretold by a law fitted to the others."
+        found.append(Table("Laws compared", score_rows(analysis.scores), caption))
+    if law is not None and (rows := influence_rows(law)):
+        found.append(Table("The law without each student", rows))
+    if analysis.tests:
+        caption = "H1 and H2: a small p speaks for the hypothesis. H3: a small p speaks against it."
+        found.append(Table("Hypotheses of the paper", test_rows(analysis.tests), caption))
+    if analysis.roles:
+        caption = "The best start and teacher of the fitted surface, and the best model for both roles."
+        found.append(Table("The roles apart", role_rows(analysis.roles), caption))
+    if picks:
+        caption = "What rules would have picked for the largest student; laws were fitted without it."
+        found.append(Table("Picks", pick_rows(picks), caption))
+    return found
 
 
 def closing_table(records: Sequence[RunRecord], law: LawFit | None) -> TerminalTable:
@@ -162,6 +235,10 @@ def _lead(law: LawFit | None) -> str:
     return f"{words[:1].upper()}{words[1:]}. Published: T* = 2.498 S − 11.498M, R² = {PUBLISHED.r_squared}."
 
 
+MOST_BARS = 16
+"""Ways to a student that are shown as bars; where there are more, a map shows them."""
+
+
 def _roles(
     records: Sequence[RunRecord], comparison: Sequence[RunRecord], law: LawFit | None
 ) -> dict[int, tuple[str, list[RoleBar]]]:
@@ -171,7 +248,7 @@ def _roles(
     for student in sorted(chosen):
         mine = {r.run: r for r in [*records, *comparison] if r.student_scale == student}
         bars = role_bars(list(mine.values()), law)
-        if len(bars) > 1 and any(bar.kind != "coupled" for bar in bars):
+        if MOST_BARS >= len(bars) > 1 and any(bar.kind != "coupled" for bar in bars):
             found[student] = (names[float(student)], bars)
     return found
 

@@ -22,20 +22,26 @@ def is_apart(record: RunRecord) -> bool:
     return record.kind == "distill" and record.start != record.teacher
 
 
-def by_budget(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """The runs of the paper's way by the tokens they were trained on, from few to many.
+def budget_names(records: Sequence[RunRecord]) -> dict[str, str]:
+    """The budget of each run: its tokens, such as `3M tokens`.
 
-    Runs under a condition of their own are left out. Budgets are told by tokens, such as `3M tokens`, or where those
-    differ from student to student more than tokens per parameter do, by these, such as `30 tokens per parameter`.
+    Where those differ from student to student more than tokens per parameter do, these: `30 tokens per parameter`.
     """
-    mine = [r for r in records if is_coupled(r) and not r.condition]
-    ratios = {r.run: float(f"{r.tokens / r.student_scale:.2g}") for r in mine}
-    per_parameter = len(set(ratios.values())) < len({r.tokens for r in mine})
-    found: dict[float, list[RunRecord]] = {}
-    for r in mine:
-        found.setdefault(ratios[r.run] if per_parameter else r.tokens, []).append(r)
+    ratios = {r.run: float(f"{r.tokens / r.student_scale:.2g}") for r in records}
+    per_parameter = len(set(ratios.values())) < len({r.tokens for r in records})
     unit = "tokens per parameter" if per_parameter else "tokens"
-    return {f"{scale_text(budget)} {unit}": found[budget] for budget in sorted(found)}
+    return {r.run: f"{scale_text(ratios[r.run] if per_parameter else r.tokens)} {unit}" for r in records}
+
+
+def by_budget(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+    """The runs of the paper's way by their budgets, from few tokens to many; those under a condition are left out."""
+    mine = [r for r in records if is_coupled(r) and not r.condition]
+    names = budget_names(mine)
+    found: dict[str, list[RunRecord]] = {}
+    for r in sorted(mine, key=lambda r: r.tokens):
+        found.setdefault(names[r.run], []).append(r)
+    order = {name: min(r.tokens for r in rows) for name, rows in found.items()}
+    return {name: found[name] for name in sorted(found, key=lambda name: order[name])}
 
 
 def observations_of(records: Sequence[RunRecord]) -> list[Observation]:

@@ -1,0 +1,209 @@
+"""A study's records, analysed: laws by budget and over budgets, tests of the hypotheses, the roles, the picks."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from capgap.errors import LawError
+from capgap.law import (
+    BudgetOptimum,
+    LawFit,
+    LawScore,
+    Observation,
+    RoleLaw,
+    RoleObservation,
+    RoleSurface,
+    Test,
+    TokenLaw,
+    compare_laws,
+    constant_ratio,
+    find_roles,
+    fit_law,
+    fit_roles,
+    fit_tokens,
+    interior_optimum,
+    teacher_matters,
+)
+from capgap.records import RunRecord
+from capgap.report.rows import budget_names, by_budget, fittable, is_coupled, observations_of
+
+PAPER = "the paper's way"
+
+
+@dataclass(frozen=True)
+class BudgetLaw:
+    """The law of one budget.
+
+    Attributes:
+        name: such as "30 tokens per parameter".
+        per_parameter: tokens for each parameter of the student, a geometric mean over its runs.
+        records: the coupled runs that it rests on; observations: of the students with enough teachers.
+        law: None where no student has enough teachers.
+    """
+
+    name: str
+    per_parameter: float
+    records: tuple[RunRecord, ...]
+    observations: tuple[Observation, ...]
+    law: LawFit | None
+
+    @property
+    def interior(self) -> int:
+        """How many optima lie inside their grids."""
+        return len(self.law.interior) if self.law else 0
+
+
+@dataclass(frozen=True)
+class BudgetRoles:
+    """The roles apart at one budget: the surface of each student for which they were varied, and the law."""
+
+    name: str
+    surfaces: tuple[RoleSurface, ...]
+    law: RoleLaw
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All that a study's records say of the law.
+
+    Attributes:
+        budgets: the laws, from few tokens to many.
+        tokens: the law with tokens beside the student's scale; scores: each law's error on scales left out. None and
+            empty where there are too few optima.
+        tests: of the hypotheses, with the budget or the condition each is of.
+        roles: from few tokens to many.
+        notes: why something is not there.
+    """
+
+    budgets: tuple[BudgetLaw, ...]
+    tokens: TokenLaw | None
+    scores: tuple[LawScore, ...]
+    tests: tuple[tuple[str, Test], ...]
+    roles: tuple[BudgetRoles, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def main(self) -> BudgetLaw | None:
+        """The budget to show first: with most optima inside their grids, and of these with most runs."""
+        laws = [budget for budget in self.budgets if budget.law is not None]
+        return max(laws, key=lambda b: (b.interior, len(b.records)), default=None)
+
+    def nearest(self, per_parameter: float) -> BudgetLaw | None:
+        """The law of the budget whose tokens per parameter are nearest, by factor."""
+        laws = [budget for budget in self.budgets if budget.law is not None]
+        return min(laws, key=lambda b: abs(math.log(b.per_parameter / per_parameter)), default=None)
+
+
+def analyse(records: Sequence[RunRecord]) -> Analysis:
+    """Analyses a study's records; whatever they are too few for is left out, and said in the notes."""
+    notes: list[str] = []
+    budgets = tuple(_law_of_budget(name, rows, notes) for name, rows in by_budget(records).items())
+    optima = [
+        BudgetOptimum(row, budget.per_parameter, PAPER)
+        for budget in budgets
+        if budget.law
+        for row in budget.law.optima
+        if row.error
+    ]
+    several = len(budgets) > 1
+    tokens = _or_note(lambda: fit_tokens(optima), "No law with tokens", notes) if several else None
+    scores = _or_note(lambda: compare_laws(optima), "Laws were not compared", notes) if optima else None
+    return Analysis(
+        budgets,
+        tokens,
+        tuple(scores or ()),
+        tuple(_tests(budgets, optima, records, notes)),
+        tuple(_roles(records, notes)),
+        tuple(notes),
+    )
+
+
+T = TypeVar("T")
+
+
+def _or_note(make: Callable[[], T], what: str, notes: list[str]) -> T | None:
+    try:
+        return make()
+    except LawError as error:
+        notes.append(f"{what}: {error}.")
+        return None
+
+
+def _law_of_budget(name: str, records: Sequence[RunRecord], notes: list[str]) -> BudgetLaw:
+    enough, _ = fittable(observations_of(records))
+    ratio = statistics.geometric_mean(r.tokens / r.student_scale for r in records)
+    law = _or_note(lambda: fit_law(enough), f"No law was fitted at {name}", notes) if enough else None
+    return BudgetLaw(name, ratio, tuple(records), tuple(enough), law)
+
+
+def _tests(
+    budgets: Sequence[BudgetLaw], optima: Sequence[BudgetOptimum], records: Sequence[RunRecord], notes: list[str]
+) -> list[tuple[str, Test]]:
+    found: list[tuple[str, Test | None]] = []
+    for budget in budgets:
+        for test in (teacher_matters, interior_optimum):
+            if budget.law is not None:
+                made = _or_note(lambda test=test, b=budget: test(b.observations), f"At {budget.name} no test", notes)
+                found.append((budget.name, made))
+        if budget.interior > 1:
+            mine = [o for o in optima if o.per_parameter == budget.per_parameter]
+            found.append((budget.name, _or_note(lambda m=mine: constant_ratio(m), f"H3 at {budget.name}", notes)))
+    names = {budget.per_parameter: budget.name for budget in budgets}
+    if sum(budget.interior > 0 for budget in budgets) > 1:
+        grouped = [BudgetOptimum(o.optimum, o.per_parameter, names[o.per_parameter]) for o in optima]
+        found.append(("all budgets", _or_note(lambda: constant_ratio(grouped, "groups"), "H3 across budgets", notes)))
+    for condition in dict.fromkeys(r.condition for r in records if r.condition):
+        pair = _beside(condition, records)
+        made = _or_note(lambda p=pair: constant_ratio(p, "groups"), f"H3, {condition}", notes)
+        found.append((condition, made))
+    return [(name, test) for name, test in found if test is not None]
+
+
+def _beside(condition: str, records: Sequence[RunRecord]) -> list[BudgetOptimum]:
+    """Optima under a condition, and the paper's of the same students and budgets (of the same budgets alone, where it
+    has students of its own)."""
+    coupled = [r for r in records if is_coupled(r)]
+    other = [r for r in coupled if r.condition == condition]
+    name = budget_names(coupled)
+    cells = {(r.student, name[r.run]) for r in other}
+    shared = {r.student for r in other} & {r.student for r in coupled if not r.condition}
+    budgets = {budget for _, budget in cells}
+    found = []
+    for group, rows in ((PAPER, [r for r in coupled if not r.condition]), (condition, other)):
+        for budget in budgets:
+            mine = [r for r in rows if name[r.run] == budget and (not shared or (r.student, budget) in cells)]
+            plain = [r.model_copy(update={"condition": ""}) for r in mine]
+            enough, _ = fittable(observations_of(plain))
+            law = fit_law(enough, replicates=0) if enough else None
+            found += [BudgetOptimum(row, 1.0, group) for row in (law.optima if law else ()) if row.error]
+    return found
+
+
+def role_runs(records: Sequence[RunRecord], budget: str | None = None) -> list[RunRecord]:
+    """The distilled runs of a start that was cut, of one budget or of all, without those under a condition."""
+    mine = [r for r in records if r.kind == "distill" and r.start and not r.condition]
+    names = budget_names(mine)
+    return [r for r in mine if budget is None or names[r.run] == budget]
+
+
+def _roles(records: Sequence[RunRecord], notes: list[str]) -> list[BudgetRoles]:
+    """Surfaces of the students whose start and teacher were varied apart, by budget."""
+    mine = role_runs(records)
+    names = budget_names(mine)
+    found = []
+    for budget in dict.fromkeys(names[r.run] for r in sorted(mine, key=lambda r: r.tokens / r.student_scale)):
+        surfaces = []
+        for student in sorted({r.student_scale for r in mine if names[r.run] == budget}):
+            rows = [r for r in mine if names[r.run] == budget and r.student_scale == student]
+            if len({(r.start, r.teacher) for r in rows if r.start != r.teacher}) < 3:
+                continue
+            runs = [
+                RoleObservation(float(r.start_scale or 0), float(r.teacher_scale or 0), r.loss, r.seed) for r in rows
+            ]
+            surface = _or_note(lambda s=student, o=runs: find_roles(s, o), f"Roles at {budget}", notes)
+            surfaces += [surface] if surface else []
+        if surfaces:
+            found.append(BudgetRoles(budget, tuple(surfaces), fit_roles(surfaces)))
+    return found
