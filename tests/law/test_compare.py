@@ -32,7 +32,7 @@ def test_the_law_that_holds_foretells_best():
     assert next(s for s in scores if s.law == "ratio").factor < 1.05
     fixed = next(s for s in scores if s.law == "2.5 S")
     assert fixed.error == pytest.approx(math.log(3 / 2.5), abs=0.02)
-    curved = compare_laws(measured(lambda s, _: 3 * 80e3 * (s / 80e3) ** 1.4))
+    curved = compare_laws(measured(lambda s, _: 3 * 80e3 * (s / 80e3) ** 0.6))
     assert curved[0].law == "power"
     straight = {s.law: s for s in compare_laws(measured(lambda s, _: 2 * s + 40e3))}
     assert straight["line"].error < min(straight["ratio"].error, straight["power"].error)
@@ -99,10 +99,17 @@ def test_a_law_with_tokens_is_recovered():
     assert law.tokens.low < 0.4 < law.tokens.high
     assert law.p_tokens < 0.01
     at = law.predict(80e3, 80e3 * 30)
-    assert at.value == pytest.approx(2.5 * 80e3, rel=0.06)
+    assert at.teacher == pytest.approx(2.5 * 80e3, rel=0.06)
     assert at.low < 2.5 * 80e3 < at.high
+    assert at.note == "at 30 tokens per parameter"
+    assert law.at(80e3 * 30).predict(80e3) == at
     far = law.predict(80e3, 80e3 * 3000)
-    assert far.value == pytest.approx(2.5 * 80e3 * 100**0.4, rel=0.2)
+    assert "10 to 100 tokens per parameter were measured" in far.note
+    assert "students of 20k to 320k were measured" in law.predict(5e6, 5e6 * 30).note
+    few = law.predict(80e3, 80e3 * 0.1)
+    assert (few.teacher, few.low) == (80e3, 80e3)
+    assert "next larger model is the best" in few.note
+    assert far.teacher == pytest.approx(2.5 * 80e3 * 100**0.4, rel=0.2)
     assert far.high / far.low > at.high / at.low
     assert law.optima == (15 - law.optima[1], law.optima[1])
 

@@ -84,3 +84,44 @@ def test_the_edge_is_judged_by_seed_means_not_by_one_lucky_seed():
 def test_what_cannot_be_fitted_is_said(teachers, losses, message):
     with pytest.raises(LawError, match=message):
         find_optimum(teachers, losses, student="student s58k")
+
+
+def turn_by_hand(grid, means):
+    """The turn by trying every place, each half fitted by pooling neighbours."""
+
+    def pooled(values):
+        blocks = []
+        for v in values:
+            blocks.append([v, 1])
+            while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+                (a, n), (b, m) = blocks[-2], blocks[-1]
+                blocks[-2:] = [[(a * n + b * m) / (n + m), n + m]]
+        return [a for a, n in blocks for _ in range(n)]
+
+    errors = []
+    for k in range(len(means)):
+        fall = pooled(means[: k + 1][::-1])[::-1]
+        rise = pooled(means[k:])
+        parts = [(a - b) ** 2 for a, b in zip(means[:k], fall, strict=False)]
+        parts += [(a - b) ** 2 for a, b in zip(means[k + 1 :], rise[1:], strict=False)]
+        errors.append(sum(parts) + max((means[k] - fall[-1]) ** 2, (means[k] - rise[0]) ** 2))
+    best = [k for k, e in enumerate(errors) if e <= min(errors) * (1 + 1e-9) + 1e-15]
+    return grid[max(best[0] - 1, 0)], grid[min(best[-1] + 1, len(grid) - 1)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_turn_is_where_falling_and_rising_fit_best(seed):
+    rng = np.random.default_rng(seed)
+    grid = np.geomspace(20e3, 1e6, 8)
+    means = 3 + 0.05 * (np.log(grid / 150e3)) ** 2 + rng.normal(0, 0.03, 8)
+    assert find_optimum(grid, means).turn == pytest.approx(turn_by_hand(list(grid), list(means)))
+
+
+def test_a_parabola_that_misses_the_turn_is_told():
+    grid = np.geomspace(20e3, 2e6, 9)
+    losses = np.array([3.3, 3.0, 3.01, 3.02, 3.03, 3.04, 3.05, 3.06, 3.30])
+    found = find_optimum(grid, losses)
+    assert found.censored is None
+    assert found.turn == pytest.approx((grid[0], grid[2]))
+    assert not found.agrees
+    assert find_optimum(grid, 3 + np.log(grid / 200e3) ** 2).agrees

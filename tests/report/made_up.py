@@ -87,3 +87,53 @@ def from_random_weights(factor=1.0):
                 loss = factor * by_second_law(n, d, own)
                 found.append(record(s, t, loss=loss, run=f"{s}-{t}-{d}", **more))
     return found
+
+
+MODELS = {f"t{k}k": k * 1000 for k in (26, 45, 77, 132, 227, 390, 670, 1150)}
+SIZES = {"s20k": 20_000, "s40k": 40_000, "s80k": 80_000, "s160k": 160_000}
+
+
+def run_of(student, start, teacher, per_parameter, seed, loss, condition=""):
+    tokens = per_parameter * SIZES[student]
+    names = f"{student}-from-{start}-by-{teacher}{condition}-{per_parameter}x-{seed}"
+    one = record("s58k", "t90k", run=names, loss=loss, seed=seed)
+    kind = "distill" if teacher else "scratch"
+    return one.model_copy(
+        update={
+            "kind": kind, "student": student, "student_scale": SIZES[student], "start": start, "condition": condition,
+            "start_scale": MODELS.get(start or ""), "teacher": teacher, "teacher_scale": MODELS.get(teacher or ""),
+            "tokens": tokens, "curve": [],
+        }
+    )  # fmt: skip
+
+
+def _bowl(teacher, best):
+    return 3 + 0.05 * math.log(MODELS[teacher] / best) ** 2
+
+
+def whole_study(best=lambda s, d: 3.2 * s * (d / 30) ** 0.3, budgets=(10, 30, 100), seeds=2, sigma=0.002, **more):
+    """Coupled runs of four students at several budgets; the best teacher by `best`."""
+    noise = random.Random(3)
+    return [
+        run_of(s, t, t, d, k, _bowl(t, best(SIZES[s], d)) + noise.gauss(0, sigma), **more)
+        for s in SIZES
+        for d in budgets
+        for t in MODELS
+        if MODELS[t] > 1.25 * SIZES[s]
+        for k in range(seeds)
+    ]
+
+
+def roles_apart(students=("s20k", "s40k"), per_parameter=30, sigma=0.001, start_at=2.0, teacher_at=8.0, coupled=True):
+    """Every start under every teacher, or every other one; the best start is at `start_at` S, the best teacher at `teacher_at` S."""
+    noise = random.Random(4)
+    found = []
+    for s in students:
+        larger = [t for t in MODELS if MODELS[t] > 1.25 * SIZES[s]]
+        for p in larger:
+            for t in larger:
+                loss = 3 + 0.03 * math.log(MODELS[p] / SIZES[s] / start_at) ** 2
+                loss += 0.03 * math.log(MODELS[t] / SIZES[s] / teacher_at) ** 2 + noise.gauss(0, sigma)
+                if coupled or p != t:
+                    found.append(run_of(s, p, t, per_parameter, 0, loss))
+    return found

@@ -1,8 +1,6 @@
 """plan, pack, pretrain, shapes, prune, cache, distil, eval, run, law, report, demo."""
 
 import itertools
-import math
-import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +11,7 @@ from capgap.cli import law, study
 from capgap.errors import LawError, RecipeError
 
 if TYPE_CHECKING:
-    from capgap.law import LawFit, SecondLaw
+    from capgap.law import SecondLaw
     from capgap.pipeline import RunResult, Stage
 
 Recipe = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
@@ -60,9 +58,13 @@ def plan(
 
     scale = _count(student, "--student")
     budget = _count(tokens, "--tokens") if tokens else None
-    own = _law_for(records, scale, budget) if records else None
-    second = _second_law_for(records) if records and budget else None
-    Console().print(make_plan(scale, family, tokens=budget, law=own, second=second))
+    if records is None:
+        Console().print(make_plan(scale, family, tokens=budget))
+        return
+    own = law.own_laws(records, scale, budget)
+    second = _second_law_for(records) if budget else None
+    print(f"{records}: {own.told}")
+    Console().print(make_plan(scale, family, tokens=budget, law=own.law, roles=own.roles, second=second))
 
 
 def pack(recipe: Recipe, overrides: Overrides = None) -> None:
@@ -190,26 +192,6 @@ def evaluate(
         f"{score.loss:.4f} nats per token, perplexity {score.perplexity:.3f}, {score.bits_per_byte:.4f} bits per "
         f"byte, {score.tokens:,} tokens"
     )
-
-
-def _law_for(records: Path, student: int, tokens: int | None) -> "LawFit":
-    """The law of the runs whose tokens per parameter are nearest to the plan's, or of the budget with most runs."""
-    from capgap.records import read
-    from capgap.report import by_budget
-
-    budgets = list(by_budget(read(records)).values()) or [read(records)]
-    chosen = max(budgets, key=len)
-    if tokens is not None and len(budgets) > 1:
-        wanted = math.log(tokens / student)
-        chosen = min(
-            budgets, key=lambda rows: abs(statistics.mean(math.log(r.tokens / r.student_scale) for r in rows) - wanted)
-        )
-        ratio = statistics.geometric_mean(r.tokens / r.student_scale for r in chosen)
-        print(
-            f"{records}: the law of its runs of about {ratio:.2g} tokens per parameter; "
-            f"yours has {tokens / student:.2g}"
-        )
-    return law.law_of_file(records, chosen)
 
 
 def _second_law_for(records: Path) -> "SecondLaw | None":

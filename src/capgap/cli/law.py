@@ -14,6 +14,7 @@ from capgap.errors import LawError
 if TYPE_CHECKING:
     from capgap.law import Estimate, LawFit, LineFit
     from capgap.records import RunRecord
+    from capgap.report import OwnLaws
 
 app = typer.Typer(no_args_is_help=True, help="Fits the law of capacity gap.")
 
@@ -32,7 +33,7 @@ def fit(
     Example: capgap law fit capgap-demo/records.jsonl
     """
     from capgap.law import LossTable, fit_law, fit_optima, read_table
-    from capgap.report import by_budget, second_lines
+    from capgap.report import analyse, analysis_tables, by_budget, law_of, second_lines
 
     console = Console()
     if is_of_records(table):
@@ -41,7 +42,17 @@ def fit(
         records = read(table)
         budgets = by_budget(records) or {"": records}
         for name, rows in budgets.items():
-            _show(console, name if len(budgets) > 1 else "", rows, law_of_file(table, rows))
+            try:
+                with _naming(table):
+                    fitted = law_of(rows)
+            except LawError as error:
+                if len(budgets) == 1:
+                    raise
+                console.print(f"At {name} no law: {error}")
+                continue
+            _show(console, name if len(budgets) > 1 else "", rows, fitted)
+        for found in analysis_tables(analyse(records)):
+            console.print(found)
         for line in second_lines(records):
             console.print(line)
         return
@@ -78,12 +89,13 @@ def _naming(path: Path) -> Iterator[None]:
         raise LawError(f"{path}: {error}") from None
 
 
-def law_of_file(path: Path, rows: "list[RunRecord]") -> "LawFit":
-    """The law of some of a file's records. Raises LawError that names the file."""
-    from capgap.report import law_of
+def own_laws(records: Path, student: int, tokens: int | None) -> "OwnLaws":
+    """The laws of a study's records for a plan. Raises LawError that names the file."""
+    from capgap.records import read
+    from capgap.report import own_laws_of
 
-    with _naming(path):
-        return law_of(rows)
+    with _naming(records):
+        return own_laws_of(read(records), student, tokens)
 
 
 def _show(console: Console, budget: str, rows: "list[RunRecord]", fitted: "LawFit") -> None:

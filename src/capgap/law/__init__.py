@@ -12,6 +12,7 @@ from capgap.law.busbridge import (
     fit_second_law,
 )
 from capgap.law.compare import (
+    AtTokens,
     BudgetOptimum,
     Influence,
     LawScore,
@@ -35,6 +36,7 @@ __all__ = [
     "PUBLISHED_SECOND",
     "TAUGHT_NEEDED",
     "Alone",
+    "AtTokens",
     "Beside",
     "BudgetOptimum",
     "Estimate",

@@ -1,14 +1,16 @@
 """Laws beside each other: how well each foretells a student scale that it was not fitted to, and what rests on what."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from capgap.errors import LawError
+from capgap.law.censored import FORMS, Form
 from capgap.law.chain import Chain, Fitted, Optima
-from capgap.law.lawfit import Estimate, StudentOptimum
+from capgap.law.lawfit import Estimate, Prediction, StudentOptimum
 from capgap.law.optimum import Floats
+from capgap.law.published import check_scale, scale_text
 
 PUBLISHED_RATIO = 2.5
 
@@ -68,7 +70,7 @@ def compare_laws(measured: Sequence[BudgetOptimum]) -> list[LawScore]:
         )
     several = len(np.unique(np.round(logs, 3))) > 1
     scores = [_score("2.5 S", 0, optima, np.log(PUBLISHED_RATIO * optima.students))]
-    for form in ("ratio", "line", "power"):
+    for form in FORMS:
         for tokens in (False, True)[: 1 + several]:
             foretold = np.empty(len(optima.students))
             size = 0
@@ -117,6 +119,7 @@ class TokenLaw:
         student: S0, parameters; per_parameter: d0, tokens for each of the student's parameters; geometric middles.
         p_linear, p_tokens: two-sided p values of k = 1 and g = 0; None without intervals.
         optima: how many it rests on, inside their grids and censored.
+        students, budgets: the smallest and largest student (parameters) and tokens per parameter that were measured.
     """
 
     ratio: Estimate
@@ -127,18 +130,52 @@ class TokenLaw:
     p_linear: float | None
     p_tokens: float | None
     optima: tuple[int, int]
-    draws: Floats
+    students: tuple[float, float]
+    budgets: tuple[float, float]
+    draws: Floats = field(repr=False, compare=False)
 
-    def predict(self, student: float, tokens: float) -> Estimate:
-        """The optimal teacher of a student at so many tokens, parameters; with the interval of a new optimum."""
-        x, d = np.log(student / self.student), np.log(tokens / student / self.per_parameter)
-        value = self.ratio.value * student * np.exp((self.exponent.value - 1) * x + self.tokens.value * d)
-        if not len(self.draws):
-            return Estimate(float(value), None, None)
-        constant, exponent, power, deviation = self.draws.T
-        drawn = np.exp(constant + (exponent - 1) * x + power * d + deviation) * student
-        low, high = np.quantile(drawn, [0.025, 0.975])
-        return Estimate(float(value), float(low), float(high))
+    def at(self, tokens: float) -> "AtTokens":
+        """The law at so many tokens."""
+        return AtTokens(self, check_scale(tokens, "the tokens"))
+
+    def predict(self, student: float, tokens: float) -> Prediction:
+        """The optimal teacher of a student at so many tokens, with the 95 % interval of a new optimum.
+
+        No teacher is taken below the student's own scale. `note` says what was extrapolated.
+
+        Raises: LawError if a number is not positive and finite.
+        """
+        student, tokens = check_scale(student, "the student's scale"), check_scale(tokens, "the tokens")
+        x, budget = np.log(student / self.student), tokens / student
+        d = np.log(budget / self.per_parameter)
+        value = float(self.ratio.value * student * np.exp((self.exponent.value - 1) * x + self.tokens.value * d))
+        notes = [f"at {budget:.3g} tokens per parameter"]
+        if not self.students[0] <= student <= self.students[1]:
+            notes.append(f"extrapolated: students of {' to '.join(map(scale_text, self.students))} were measured")
+        if not self.budgets[0] <= budget <= self.budgets[1]:
+            low, high = self.budgets
+            notes.append(f"extrapolated: {low:.3g} to {high:.3g} tokens per parameter were measured")
+        if value < student:
+            notes.append("the law names no teacher larger than the student: the next larger model is the best")
+        low = high = None
+        if len(self.draws):
+            constant, exponent, power, deviation = self.draws.T
+            drawn = np.exp(constant + (exponent - 1) * x + power * d + deviation) * student
+            low, high = (max(float(edge), student) for edge in np.quantile(drawn, [0.025, 0.975]))
+        teacher = max(value, student)
+        return Prediction(teacher, low, high, teacher / student, "with tokens", "; ".join(notes))
+
+
+@dataclass(frozen=True)
+class AtTokens:
+    """A law with tokens, at so many of them."""
+
+    law: TokenLaw
+    tokens: float
+
+    def predict(self, student: float) -> Prediction:
+        """The optimal teacher of a student of `student` parameters."""
+        return self.law.predict(student, self.tokens)
 
 
 def fit_tokens(measured: Sequence[BudgetOptimum], *, replicates: int = 2000, seed: int = 0) -> TokenLaw:
@@ -175,6 +212,8 @@ def fit_tokens(measured: Sequence[BudgetOptimum], *, replicates: int = 2000, see
         p_linear=fitted.p_value(0.0, 1),
         p_tokens=fitted.p_value(0.0, 2),
         optima=(int(inside.sum()), int((~inside).sum())),
+        students=(float(optima.students.min()), float(optima.students.max())),
+        budgets=(float(np.exp(logs.min())), float(np.exp(logs.max()))),
         draws=draws,
     )
 
@@ -183,7 +222,7 @@ def _arrays(measured: Sequence[BudgetOptimum]) -> tuple[Optima, Floats]:
     return Optima.of([m.optimum for m in measured]), np.log([m.per_parameter for m in measured])
 
 
-def _fit(form, optima: Optima, logs: Floats | None) -> Fitted:
+def _fit(form: Form, optima: Optima, logs: Floats | None) -> Fitted:
     more = None if logs is None else logs[:, None]
     return Chain(optima, None, 0, np.random.default_rng(0), 0.95).fit(form, more).found
 

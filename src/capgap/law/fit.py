@@ -35,6 +35,8 @@ def fit_law(
     In a replicate an optimum may leave its grid, so an interval that touches an edge is open on that side; `notes` says
     where that matters. With three teachers a student and one seed no scatter is left, and the intervals are None.
 
+    Where every teacher tried is larger than its student, as it is where students are cut, the ratio is 1 at least.
+
     Args:
         observations: one per run, in any order; scales in parameters, losses in nats per token.
         replicates: bootstrap replicates; 0 for no intervals.
@@ -77,13 +79,15 @@ def fit_law(
     power = chain.fit("power") if linear else None
     ratio = chain.fit("ratio") if inside.any() else None
     deciding = line or ratio
+    # Where no teacher smaller than its student was tried, as nothing can be cut from one, the best is none either.
+    least = float(all(at.teachers[0] >= at.student for at in points))
     return LawFit(
         status=status,
         optima=rows,
         slope=line and line.estimate(lambda fitted: fitted.line()[0]),
         intercept=line and line.estimate(lambda fitted: fitted.line()[1]),
         r_squared=line and line.r_squared(),
-        ratio=ratio and ratio.estimate(lambda fitted: np.exp(fitted.theta_RK[:, 0])),
+        ratio=ratio and ratio.estimate(lambda fitted: np.maximum(np.exp(fitted.theta_RK[:, 0]), least)),
         exponent=power and power.estimate(lambda fitted: fitted.theta_RK[:, 1]),
         p_linear=power and power.p_value(1.0),
         scatter=deciding and deciding.scatter,
@@ -93,7 +97,7 @@ def fit_law(
         seed=seed,
         level=level,
         line_draws=line.draws() if line else np.empty((0, 3)),
-        ratio_draws=ratio.draws() if ratio else np.empty((0, 2)),
+        ratio_draws=np.maximum(ratio.draws(), [least, -np.inf]) if ratio else np.empty((0, 2)),
     )
 
 
@@ -160,6 +164,12 @@ def _notes(
             notes.append(
                 f"student {scale_text(row.student)}: censored at the grid's {row.optimum.censored} edge "
                 f"({edge}); its optimal teacher may be {beyond}, so it enters the fit as a bound, not as a point"
+            )
+        elif not row.optimum.agrees:
+            low, high = map(scale_text, row.optimum.turn)
+            notes.append(
+                f"student {scale_text(row.student)}: the parabola's optimum, {scale_text(row.optimum.teacher)}, lies "
+                f"outside {low} to {high}, where losses that first fall and then rise turn: the parabola fits badly"
             )
     inside = sum(row.optimum.censored is None for row in rows)
     if inside == 2:

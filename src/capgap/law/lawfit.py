@@ -64,7 +64,7 @@ class Prediction:
     low: float | None
     high: float | None
     ratio: float
-    method: Literal["linear", "proportional", "bound"]
+    method: Literal["linear", "proportional", "bound", "with tokens"]
     note: str
 
 
@@ -132,11 +132,11 @@ class LawFit:
     def predict(self, student: float) -> Prediction:
         """The optimal teacher of a student of `student` parameters.
 
-        The line where there is one and where it names a teacher larger than the student; else the ratio, and where every
-        optimum is censored at the same edge, the ratio of the edges, as a bound. Neither a teacher nor an interval's
-        lower end is taken below the student's own scale, of which nothing can be cut. The interval is that of a new
-        student's optimum: how far the law is known, and how far optima scatter about it. `note` says so where the
-        student lies outside the scales that the law was fitted to, or the teacher outside the teachers measured.
+        The line where there is one and where it names a teacher larger than the student; else the ratio, and where
+        every optimum is censored at the same edge, the ratio of the edges, as a bound. Neither a teacher nor an
+        interval's lower end is taken below the student's own scale, of which nothing can be cut. The interval is that
+        of a new student's optimum: how far the law is known, and how far optima scatter about it. `note` says so where
+        the student lies outside the scales that the law was fitted to, or the teacher outside the teachers measured.
 
         Raises: LawError if the law has no optimum to rest on, or the scale is not positive and finite.
         """

@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
 
 from capgap.errors import LawError
 from capgap.law.published import check_scale, scale_text
@@ -29,6 +30,8 @@ class Optimum:
         reference: parameters; the geometric middle of the grid.
         residuals: measured less fitted loss, nats per token, in the order the points were given.
         grid: the distinct teacher scales, parameters, ascending.
+        turn: the same without a parabola: the neighbours, parameters, of the teacher at which losses that first fall
+            and then rise have their lowest, by least squares. T* lies between them if that is their only shape.
     """
 
     teacher: float
@@ -39,6 +42,12 @@ class Optimum:
     reference: float
     residuals: tuple[float, ...]
     grid: tuple[float, ...]
+    turn: tuple[float, float]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the parabola's optimum lies where losses turn without a parabola."""
+        return self.turn[0] <= self.teacher <= self.turn[1]
 
     def curve(self, teachers: Sequence[float] | Floats) -> Floats:
         """The parabola at `teachers` (parameters): nats per token, same shape."""
@@ -113,7 +122,28 @@ def find_optimum(
         reference=reference,
         residuals=tuple(residuals.tolist()),
         grid=tuple(grid.tolist()),
+        turn=_turn(grid, means, np.array([float((teachers_P == t).sum()) for t in grid])),
     )
+
+
+def _turn(grid: Floats, means_C: Floats, counts_C: Floats) -> tuple[float, float]:
+    """The neighbours of the teacher up to which losses fall, and from which they rise, with the least squared error.
+
+    Both parts are isotonic regressions.
+    """
+    errors = []
+    for place in range(len(grid)):
+        left, right = slice(0, place + 1), slice(place, None)
+        fall = isotonic_regression(means_C[left], weights=counts_C[left], increasing=False).x
+        rise = isotonic_regression(means_C[right], weights=counts_C[right]).x
+        # The teacher at the turn is in both parts and is counted with the worse.
+        error = counts_C[left][:-1] @ (means_C[left][:-1] - fall[:-1]) ** 2
+        error += counts_C[right][1:] @ (means_C[right][1:] - rise[1:]) ** 2
+        error += counts_C[place] * max((means_C[place] - fall[-1]) ** 2, (means_C[place] - rise[0]) ** 2)
+        errors.append(float(error))
+    lowest = min(errors)
+    places = [i for i, error in enumerate(errors) if error <= lowest * (1 + 1e-9) + 1e-15]
+    return float(grid[max(places[0] - 1, 0)]), float(grid[min(places[-1] + 1, len(grid) - 1)])
 
 
 def parabola(x_P: Floats) -> Floats:

@@ -1,5 +1,7 @@
 """Model families: their members' exact sizes and the configurations these follow from."""
 
+import math
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib import resources
 from typing import Annotated, Any
@@ -73,6 +75,11 @@ class Family(Section):
                 return member
         known = ", ".join(m.name for m in self.members)
         raise RecipeError(f"family {self.name} has no member {name!r}; its members are {known}")
+
+
+def nearest(members: Sequence[Member], parameters: float) -> Member:
+    """The member nearest to a scale, by factor."""
+    return min(members, key=lambda member: abs(math.log(member.parameters / parameters)))
 
 
 def family_names() -> tuple[str, ...]:

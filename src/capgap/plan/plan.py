@@ -1,15 +1,15 @@
 """From the student that is wanted to the teacher, the start, the cost, and what speaks against it."""
 
-import math
 from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from capgap.errors import RecipeError, ShapeError
-from capgap.law import LawFit, SecondLaw, published_teacher
+from capgap.law import RoleLaw, SecondLaw, published_teacher
+from capgap.plan.apart import Apart, Law, apart
 from capgap.plan.estimate import Estimate, estimate
-from capgap.plan.families import Family, Member, load_family
+from capgap.plan.families import Family, Member, load_family, nearest
 from capgap.plan.second import SecondAsk, second_asks
 from capgap.plan.text import candidate_table, plan_lines
 from capgap.plan.verdicts import Verdict, verdicts
@@ -61,6 +61,7 @@ class Plan:
         candidates: the members larger than the student, ascending.
         teacher: the candidate nearest to what the deciding law asks for, by |log T/T*|; None without one.
         near_start: the smallest candidate below the teacher: another model to cut the student from.
+        apart: start and teacher as a law of roles picks them; None without one.
         tokens: the budget, or None.
         cost: of the teacher picked; None without a teacher.
         second: the second law's words, the user's own first; without tokens, or where the members' are not known, none.
@@ -73,6 +74,7 @@ class Plan:
     candidates: tuple[Candidate, ...]
     teacher: Candidate | None
     near_start: Candidate | None
+    apart: Apart | None
     tokens: int | None
     cost: Estimate | None
     second: tuple[SecondAsk, ...]
@@ -112,7 +114,8 @@ def make_plan(
     family: str | Family,
     *,
     tokens: int | None = None,
-    law: LawFit | None = None,
+    law: Law | None = None,
+    roles: RoleLaw | None = None,
     second: SecondLaw | None = None,
     context: int = 4096,
 ) -> Plan:
@@ -121,6 +124,7 @@ def make_plan(
     Args:
         tokens: the budget of distillation; None where it is open.
         law: a law of the user's own, which then decides; the published one is shown beside it.
+        roles: a law of roles of the user's own: it picks a start and a teacher of its own.
         second: a second law of the user's own, shown before the published one; neither decides.
         context: tokens of a sequence; a member whose positions are fewer lowers it.
     Raises: RecipeError for an unknown family or a count that is not positive; LawError if the law given names
@@ -159,10 +163,16 @@ def make_plan(
         # A refit to small models does not warn of large ones; the published law is the last.
         next((ask for ask in told if not ask.extrapolated), told[-1] if told else None),
     )
-    return Plan(student_params, family, asks, candidates, teacher, near, tokens, cost, told, against)
+
+    def flops_per_token(member: Member) -> float:
+        config = family.config_of(member)
+        return estimate(student_params, config, min(context, config.max_position_embeddings)).flops_per_token
+
+    pair = apart(student_params, [c.member for c in candidates], roles, flops_per_token) if roles else None
+    return Plan(student_params, family, asks, candidates, teacher, near, pair, tokens, cost, told, against)
 
 
-def resolve(ref: ModelRef, student_params: int | None, *, law: LawFit | None = None) -> str:
+def resolve(ref: ModelRef, student_params: int | None, *, law: Law | None = None) -> str:
     """The folder or hub id that a recipe's reference to a model stands for.
 
     Text stands for itself, a named member for its hub id, and "law" for the hub id of the member that the law
@@ -191,7 +201,7 @@ def resolve(ref: ModelRef, student_params: int | None, *, law: LawFit | None = N
     return pick.hub
 
 
-def _asks(student: int, family: Family, law: LawFit | None) -> tuple[Ask, ...]:
+def _asks(student: int, family: Family, law: Law | None) -> tuple[Ask, ...]:
     asks = []
     if law is not None:
         own = law.predict(student)
@@ -218,7 +228,8 @@ def _larger(student: int, family: Family) -> list[Member]:
 
 
 def _nearest(student: int, family: Family, asked: float) -> Member | None:
-    return min(_larger(student, family), key=lambda m: abs(math.log(m.parameters / asked)), default=None)
+    larger = _larger(student, family)
+    return nearest(larger, asked) if larger else None
 
 
 def _inside(member: Member, asked: Ask) -> bool | None:

@@ -143,7 +143,27 @@ def _start(plan: "Plan") -> list[str]:
                 f"  note: {near.name} has {rows[0]} rows of vocabulary, {teacher.name} {rows[1]}: "
                 "the difference is padding, to be cut before their logits are compared"
             )
-    return lines
+    return lines + _apart(plan)
+
+
+def _apart(plan: "Plan") -> list[str]:
+    """What the user's own runs say of a start and a teacher that are two models."""
+    if (found := plan.apart) is None:
+        return []
+    law = found.law
+    ratios = f"start {law.start.value:.2f} S, teacher {law.teacher.value:.2f} S, one for both {law.coupled.value:.2f} S"
+    if found.start is found.teacher:
+        return [f"roles apart, by your own runs ({ratios}): {found.start.name} is the best for both"]
+    return [
+        (
+            f"roles apart, by your own runs ({ratios}): cut from {found.start.hub}, taught by {found.teacher.hub}; in "
+            f"them that gained {law.gain:.3f} nats per token over the best model for both, here {found.coupled.name}"
+        ),
+        (
+            f"  cost: {found.dearer:.2f} times the FLOPs of {found.coupled.name} for both, and a second model to "
+            "download; both share the tokenizer"
+        ),
+    ]
 
 
 def _cost(cost: Estimate, tokens: int | None) -> list[str]:

@@ -65,8 +65,8 @@ def picks_of(records: Sequence[RunRecord], analysis: Analysis) -> list[Pick]:
         asked = _simple(mine, own, second) | _law_without(rest, scales[-1])
         tokens = _tokens_without(analysis, scales[-1])
         if tokens is not None:
-            foretold = tokens.predict(scales[-1], statistics.mean(r.tokens for r in mine)).value
-            asked["law with tokens"] = (max(foretold, scales[-1]), f"{foretold / scales[-1]:.2f} S")
+            at = tokens.predict(scales[-1], statistics.mean(r.tokens for r in mine))
+            asked["law with tokens"] = (at.teacher, f"{at.ratio:.2f} S")
         models = {r.teacher: float(r.teacher_scale or 0) for r in mine if r.teacher}
         for rule, (wanted, note) in asked.items():
             teacher = _nearest(models, wanted)

@@ -31,11 +31,11 @@ from capgap.report.rows import (
 )
 from capgap.report.tables import (
     budget_rows,
+    hypothesis_rows,
     influence_rows,
     pick_rows,
     role_rows,
     score_rows,
-    test_rows,
     token_rows,
 )
 
@@ -177,7 +177,7 @@ def analysis_sections(
         found.append(Table("The law without each student", rows))
     if analysis.tests:
         caption = "H1 and H2: a small p speaks for the hypothesis. H3: a small p speaks against it."
-        found.append(Table("Hypotheses of the paper", test_rows(analysis.tests), caption))
+        found.append(Table("Hypotheses of the paper", hypothesis_rows(analysis.tests), caption))
     if analysis.roles:
         caption = "The best start and teacher of the fitted surface, and the best model for both roles."
         found.append(Table("The roles apart", role_rows(analysis.roles), caption))

@@ -146,6 +146,7 @@ def optimum_rows(law: LawFit, names: dict[float, str]) -> list[Row]:
                 f"{law.level:.0%} interval": bounds,
                 "T*/S": edge + f"{found.teacher / row.student:.2f}",
                 "loss there": f"{found.loss:.4f}",
+                "turn": f"{scale_text(found.turn[0])} to {scale_text(found.turn[1])}",
                 "status": f"censored at the {found.censored} edge" if found.censored else "inside the grid",
                 "teachers": str(len(found.grid)),
             }

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from rich.table import Table as TerminalTable
+
 from capgap.law import Estimate, LawFit, LawScore, RoleOptimum, Test, TokenLaw, influence, scale_text
 from capgap.report.analysis import Analysis, BudgetRoles
 from capgap.report.picks import Pick
@@ -84,7 +86,7 @@ def influence_rows(law: LawFit) -> list[Row]:
     ]
 
 
-def test_rows(tests: Sequence[tuple[str, Test]]) -> list[Row]:
+def hypothesis_rows(tests: Sequence[tuple[str, Test]]) -> list[Row]:
     """Hypotheses, with statistic, p value and effect."""
     return [
         {
@@ -133,6 +135,29 @@ def pick_rows(picks: Sequence[Pick]) -> list[Row]:
         }
         for pick in picks
     ]
+
+
+def analysis_tables(analysis: Analysis) -> list[TerminalTable]:
+    """What is there of the law with tokens, the comparison of laws, the hypotheses and the roles, for the terminal."""
+    tables = {
+        "the law with tokens": token_rows(analysis.tokens) if analysis.tokens else [],
+        "laws on student scales left out": score_rows(analysis.scores),
+        "hypotheses (H3: a small p speaks against it)": [
+            {head: value for head, value in row.items() if head != "in detail"}
+            for row in hypothesis_rows(analysis.tests)
+        ],
+        "the roles apart": role_rows(analysis.roles),
+    }
+    found = []
+    for title, rows in tables.items():
+        if rows:
+            table = TerminalTable(title=title)
+            for head in rows[0]:
+                table.add_column(head)
+            for row in rows:
+                table.add_row(*(value.replace("[", "\\[") for value in row.values()))
+            found.append(table)
+    return found
 
 
 def _role(found: RoleOptimum, student: float) -> str:
