@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = dict.fromkeys(("pack", "shapes", "prune", "cache", "distil", "run"), Recipe) | {"pretrain": PretrainRecipe}
 RUN_FOR_REAL = ("plan", "law", "report")
-STUDY = [["study", name] for name in ("status", "resume", "report", "export")]
+STUDY = [["study", name] for name in ("status", "resume", "report", "export", "race", "next")]
 
 
 def blocks(page: Path, language: str) -> list[str]:

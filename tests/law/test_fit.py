@@ -335,3 +335,14 @@ def test_the_same_seed_gives_the_same_law_and_another_nearly():
     one, two = fit_law(noisy(), seed=1).slope, fit_law(noisy(), seed=2).slope
     assert one.high != two.high
     assert one.high == pytest.approx(two.high, rel=0.05)
+
+
+def test_errors_in_the_students_scale_lower_its_weight():
+    rows = noisy(seeds=2)
+    unsure = [dataclasses.replace(o, student_error=0.5) if o.student == STUDENTS[1] else o for o in rows]
+    before, law = fit_law(rows, replicates=0), fit_law(unsure, replicates=0)
+    errors = [np.hypot(row.error, 0.5 if row.student == STUDENTS[1] else 0) for row in before.optima]
+    assert [row.error for row in law.optima] == pytest.approx(errors)
+    rest = fit_law([o for o in rows if o.student != STUDENTS[1]], replicates=0)
+    assert law.slope.value == pytest.approx(rest.slope.value, rel=5e-3)
+    assert law.slope.value != pytest.approx(before.slope.value, rel=1e-6)

@@ -125,7 +125,7 @@ def whole_study(best=lambda s, d: 3.2 * s * (d / 30) ** 0.3, budgets=(10, 30, 10
 
 
 def roles_apart(students=("s20k", "s40k"), per_parameter=30, sigma=0.001, start_at=2.0, teacher_at=8.0, coupled=True):
-    """Every start under every teacher, or every other one; the best start is at `start_at` S, the best teacher at `teacher_at` S."""
+    """Every start under every (other) teacher, the best at `start_at` S and `teacher_at` S."""
     noise = random.Random(4)
     found = []
     for s in students:

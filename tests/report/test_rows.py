@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from capgap.law import fit_law
@@ -99,3 +101,16 @@ def test_what_was_measured_is_said_from_the_records():
 
 def test_the_made_up_study_has_the_teachers_it_says():
     assert {r.teacher for r in study()} == set(TEACHERS)
+
+
+def test_a_student_whose_scale_varies_a_little_is_one():
+    rows = [
+        r.model_copy(update={"student_scale": 58_000 + (1_000 if r.teacher == "t90k" else 0)})
+        for r in study(students=("s58k",))
+    ]
+    ((scale, error),) = {(o.student, o.student_error) for o in observations_of(rows)}
+    assert (scale, error) == pytest.approx((math.sqrt(58_000 * 59_000), math.log(59 / 58) / math.sqrt(2)))
+    assert fit_law(observations_of(rows), replicates=0).status == "proportional"
+    assert names_of(rows)[scale] == "s58k"
+    far = [r.model_copy(update={"student_scale": 70_000}) if r.teacher == "t90k" else r for r in rows]
+    assert {o.student for o in observations_of(far)} == {58_000, 70_000}

@@ -60,7 +60,11 @@ def fit_law(
     status: Status = "linear" if inside.sum() > 1 else "proportional" if inside.any() else "none"
     noise = noise_of(points, optima)
     known = bool(inside.any() and noise.degrees)
-    errors_N = optimum_errors(points, optima, noise) if known else None
+    errors_N = None
+    if known:
+        # Errors in S enter as if T* were proportional to it.
+        unsure = [max(o.student_error for o in ordered if o.student == at.student) for at in points]
+        errors_N = np.hypot(optimum_errors(points, optima, noise), unsure)
     draws = None
     if known and replicates:
         draws = resample_optima(points, optima, noise, replicates, np.random.default_rng(seed))

@@ -16,12 +16,16 @@ Status = Literal["linear", "proportional", "none"]
 
 @dataclass(frozen=True)
 class Observation:
-    """One distilled run: scales in parameters, held-out loss in nats per token."""
+    """One distilled run: scales in parameters, held-out loss in nats per token.
+
+    `student_error` is the standard deviation of ln S, where the student's scale varies with what it is cut from.
+    """
 
     student: float
     teacher: float
     loss: float
     seed: int = 0
+    student_error: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What a report shows, taken out of run records: observations, roles, tables, statements."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -44,13 +45,34 @@ def by_budget(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     return {name: found[name] for name in sorted(found, key=lambda name: order[name])}
 
 
+SAME = 1.05
+"""Up to which factor between its largest and smallest scale a student of one name is one student."""
+
+
 def observations_of(records: Sequence[RunRecord]) -> list[Observation]:
-    """The runs of the paper's way as observations: scales in parameters, losses in nats per token."""
-    return [
-        Observation(float(r.student_scale), float(r.teacher_scale), r.loss, r.seed)
-        for r in records
-        if is_coupled(r) and r.teacher_scale is not None and not r.condition
-    ]
+    """The runs of the paper's way as observations: scales in parameters, losses in nats per token.
+
+    A student may differ a little in scale from one start to another, as where heads cannot be cut alike: then it counts
+    at the geometric mean, with how far its scales scatter.
+    """
+    mine = [r for r in records if is_coupled(r) and r.teacher_scale is not None and not r.condition]
+    scales = _scales(mine)
+    return [Observation(scales[r.run][0], float(r.teacher_scale or 0), r.loss, r.seed, scales[r.run][1]) for r in mine]
+
+
+def _scales(records: Sequence[RunRecord]) -> dict[str, tuple[float, float]]:
+    """Of each run the scale that its student counts at, and the standard deviation of its logarithm."""
+    named: dict[str, set[int]] = {}
+    for r in records:
+        named.setdefault(r.student, set()).add(r.student_scale)
+    found = {}
+    for r in records:
+        logs = [math.log(scale) for scale in named[r.student]]
+        if len(logs) == 1 or max(logs) - min(logs) > math.log(SAME):
+            found[r.run] = float(r.student_scale), 0.0
+        else:
+            found[r.run] = math.exp(statistics.mean(logs)), statistics.stdev(logs)
+    return found
 
 
 def fittable(observations: Sequence[Observation]) -> tuple[list[Observation], list[float]]:
@@ -65,10 +87,12 @@ def fittable(observations: Sequence[Observation]) -> tuple[list[Observation], li
 def names_of(records: Sequence[RunRecord]) -> dict[float, str]:
     """The name of each student by its scale; several names of one scale are joined."""
     names: dict[float, list[str]] = {}
+    scales = _scales([r for r in records if is_coupled(r)])
     for r in records:
-        known = names.setdefault(float(r.student_scale), [])
-        if r.student not in known:
-            known.append(r.student)
+        for scale in {float(r.student_scale), scales.get(r.run, (float(r.student_scale),))[0]}:
+            known = names.setdefault(scale, [])
+            if r.student not in known:
+                known.append(r.student)
     return {scale: " / ".join(known) for scale, known in names.items()}
 
 
