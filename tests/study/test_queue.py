@@ -12,7 +12,8 @@ from optuna.trial import TrialState
 from capgap.errors import StudyError
 from capgap.records import RunRecord
 from capgap.study import Claim, Family, Queue, StudyStopped, trials_of
-from capgap.study.queue import DEATHS, _host
+from capgap.study.owner import host
+from capgap.study.queue import DEATHS
 from capgap.study.worker import asked_to_stop
 from study.small import states, study
 
@@ -46,7 +47,7 @@ def test_a_claimed_trial_is_claimed_once_and_goes_on_elsewhere_when_its_worker_i
     [first], [second] = queue.claim(), queue.claim()
     assert first.trial.name != second.trial.name
     assert queue.claim() == []  # the students wait for their teachers
-    owned_by(queue, first, host=_host(), pid=2**22, started=0)
+    owned_by(queue, first, host=host(), pid=2**22, started=0)
     [again] = queue.claim()
     assert again.trial == first.trial
     assert again.number != first.number
@@ -132,7 +133,7 @@ def test_a_trial_over_which_a_worker_died_is_claimed_alone(tmp_path):
     both = queue.claim(2)
     assert len(both) == 2
     for claim in both:
-        owned_by(queue, claim, host=_host(), pid=2**22, started=0)
+        owned_by(queue, claim, host=host(), pid=2**22, started=0)
     assert [len(queue.claim(2)) for _ in range(3)] == [1, 1, 2]
 
 
@@ -190,7 +191,7 @@ def test_what_kills_every_worker_is_given_up(queue):
             queue.finish(claim, record(claim.trial.name))
             claim = queue.claim()[0]
         assert claim.trial.name == "t60.7k"
-        owned_by(queue, claim, host=_host(), pid=2**22, started=0)
+        owned_by(queue, claim, host=host(), pid=2**22, started=0)
     while claims := queue.claim():
         assert claims[0].trial.name != "t60.7k"
         queue.finish(claims[0], record(claims[0].trial.name))
@@ -234,7 +235,7 @@ def test_a_killed_worker_that_nobody_reaps_is_dead(tmp_path):
     queue.add(trials())
     [claim] = queue.claim()
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    owned_by(queue, claim, host=_host(), pid=process.pid, started=psutil.Process(process.pid).create_time())
+    owned_by(queue, claim, host=host(), pid=process.pid, started=psutil.Process(process.pid).create_time())
     assert claim.trial not in [c.trial for c in queue.claim()]
     process.kill()
     while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:

@@ -96,10 +96,24 @@ def status(folder: Folder, storage: Storage = None) -> None:
 
     found = study_status(folder, storage)
     for name, state, loss in found.trials:
-        print(f"{state:10} {name}" + (f"  {loss:.4f} nats per token" if loss is not None else ""))
-        if name in found.errors and state == "fail":
-            print(f"{'':10} {found.errors[name]}")
+        print(f"{state:13} {name}" + (f"  {loss:.4f} nats per token" if loss is not None else ""))
+        if name in found.errors and state in ("fail", "stopped early"):
+            print(f"{'':13} {found.errors[name]}")
     print(", ".join(f"{count} {state}" for state, count in sorted(found.counts.items())))
+
+
+@app.command("next")
+def next_(
+    folder: Folder,
+    budget: Annotated[str, typer.Option(help="What may be spent: FLOPs, such as 2e15, or hours of a worker, 6h.")],
+) -> None:
+    """Proposes the runs that narrow the law's interval most. Example: capgap study next runs/nano --budget 6h"""
+    from capgap.study import Family, flops_of_budget, next_trials, read_records, read_spec
+
+    spec, records = read_spec(folder), read_records(folder)
+    advice = next_trials(Family(spec), records, flops_of_budget(budget, records))
+    for line in advice.lines():
+        print(line)
 
 
 @app.command("export")
@@ -113,6 +127,31 @@ def export(
 
     read_spec(folder)
     print(f"{export_records(read_records(folder), output, points=points)} rows in {output}")
+
+
+@app.command("race")
+def race(
+    records: Annotated[Path, typer.Argument(help="Of full grids: the study's folder, or a JSONL file.")],
+    share: Annotated[float, typer.Option(min=0.01, max=1, help="Of a grid's FLOPs that its race may take.")] = 0.4,
+    tolerance: Annotated[float, typer.Option(min=0, help="By which a forecast must be worse, as a share.")] = 0.005,
+) -> None:
+    """Replays races on grids that were run in full. Example: capgap study race studies/nano/records.jsonl"""
+    from capgap.cost import format_count
+    from capgap.errors import StudyError
+    from capgap.records import read
+    from capgap.study import Race, replay
+
+    file = records / "records.jsonl" if records.is_dir() else records
+    found = replay(read(file), Race(share=share, tolerance=tolerance))
+    if not found:
+        raise StudyError(f"{records}: no student has all its teachers' records at two budgets, each its own start")
+    for one in found:
+        name = " ".join(filter(None, [one.student, one.condition, f"seed {one.seed}"]))
+        print(
+            f"{name}, {format_count(one.tokens[-1])} tokens: {one.teacher} with {one.loss:.4f} nats per token, "
+            f"{100 * one.above:.2f} % above the full grid's best ({one.best_teacher}, {one.best_loss:.4f}), "
+            f"for {100 * one.share:.1f} % of its FLOPs"
+        )
 
 
 @app.command("report")

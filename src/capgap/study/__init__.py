@@ -4,12 +4,15 @@ from capgap.study.estimate import Cost, estimate_study
 from capgap.study.export import export_records, rows_of
 from capgap.study.family import Family, Model
 from capgap.study.folder import read_spec
+from capgap.study.next import Advice, Proposal, flops_of_budget, next_trials
 from capgap.study.queue import Claim, Queue, read_records
-from capgap.study.spec import Budget, Grid, Member, Nano, StudentSize, StudySpec
+from capgap.study.race import Replayed, replay
+from capgap.study.spec import Budget, Grid, Member, Nano, Race, StudentSize, StudySpec
 from capgap.study.trials import Trial, trials_of
 from capgap.study.worker import Status, StudyStopped, Way, create_study, run_study, study_status
 
 __all__ = [
+    "Advice",
     "Budget",
     "Claim",
     "Cost",
@@ -18,7 +21,10 @@ __all__ = [
     "Member",
     "Model",
     "Nano",
+    "Proposal",
     "Queue",
+    "Race",
+    "Replayed",
     "Status",
     "StudentSize",
     "StudySpec",
@@ -28,8 +34,11 @@ __all__ = [
     "create_study",
     "estimate_study",
     "export_records",
+    "flops_of_budget",
+    "next_trials",
     "read_records",
     "read_spec",
+    "replay",
     "rows_of",
     "run_study",
     "study_status",

@@ -4,6 +4,7 @@ import contextlib
 import math
 import time
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +20,7 @@ from capgap.models import default_device, new_model
 from capgap.recipe import Train
 from capgap.records import RunRecord
 from capgap.study.family import Family
+from capgap.study.race import may_be_stopped
 from capgap.study.trials import Trial, training_of, trials_of
 
 _SECONDS = 2.0
@@ -34,6 +36,7 @@ class Cost:
         tokens: trained on; flops: teachers included; each without what runs take over from shorter ones.
         disk: bytes of all models, branches and checkpoints, and of packed text as far as it is known.
         hours: of one worker that runs alone on this device; None where that was not measured.
+        raced: how many of the trials still to be done a race may stop.
     """
 
     trials: dict[str, int]
@@ -42,6 +45,7 @@ class Cost:
     flops: float
     disk: int
     hours: float | None
+    raced: int = 0
 
     def lines(self, workers: int) -> list[str]:
         kinds = ", ".join(f"{count} to {kind}" for kind, count in self.trials.items())
@@ -50,6 +54,8 @@ class Cost:
             f"to be trained on: {format_count(self.tokens)} tokens, {format_flops(self.flops)}, teachers included",
             f"disk: about {format_bytes(self.disk)} for models, branches and checkpoints; packed text comes to it",
         ]
+        if self.raced:
+            lines.append(f"race: all of this is the most it can be; {self.raced} of the trials may be stopped early")
         if self.hours is None:
             return [*lines, "hours: not measured (asked not to, or the largest models do not fit here)"]
         shared = f", about {self.hours / workers:.3g} if {workers} workers are not in each other's way" * (workers > 1)
@@ -69,8 +75,8 @@ def estimate_study(family: Family, records: list[RunRecord] | None = None, *, me
     trials = trials_of(family)
     done = {record.run for record in records or ()}
     todo = [trial for trial in trials if trial.name not in done]
-    by_name = {trial.name: trial for trial in trials}
-    tokens = {trial.name: own_tokens(family, trial, by_name) for trial in todo}
+    names = {trial.name for trial in trials}
+    tokens = {trial.name: own_tokens(trial, names) for trial in todo}
     flops = {trial.name: _flops_per_token(family, trial) for trial in todo}
     hours = (_hours(family, todo, tokens, flops) if measure else None) if todo else 0.0
     return Cost(
@@ -80,15 +86,13 @@ def estimate_study(family: Family, records: list[RunRecord] | None = None, *, me
         sum(flops[name] * tokens[name] for name in tokens),
         sum(_bytes(family, trial) for trial in todo),
         hours,
+        len(may_be_stopped(trials) - done),
     )
 
 
-def own_tokens(family: Family, trial: Trial, trials: dict[str, Trial]) -> int:
-    """Tokens that a trial is trained on itself, without those taken over from its trunk."""
-    if trial.trunk is None or trial.trunk not in trials:
-        return trial.tokens
-    schedule = distill.Schedule.of(training_of(family, trials[trial.trunk]), family.spec.data.block)
-    return trial.tokens - (schedule.branches_at or 0) * schedule.step_tokens
+def own_tokens(trial: Trial, trials: Collection[str]) -> int:
+    """Tokens that a trial is trained on itself, without those taken over from its trunk, if that is of `trials`."""
+    return trial.tokens - (trial.taken_over if trial.trunk in trials else 0)
 
 
 def _student_config(family: Family, trial: Trial) -> PretrainedConfig:

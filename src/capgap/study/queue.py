@@ -1,29 +1,29 @@
 """The study's queue of trials: claimed one by one by any process of any machine, handed on when a worker dies."""
 
-import os
 import re
-import socket
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import optuna
-import psutil
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from capgap import records
 from capgap.errors import StudyError
 from capgap.records import RunRecord
+from capgap.study.owner import known_dead, me
+from capgap.study.race import judge
 from capgap.study.storage import Heart, Storage, patient, uninterrupted
 from capgap.study.trials import Trial
 
 RECORDS = "records.jsonl"
 DEATHS = 20
 """Workers that may die over one trial, before it is taken to be what kills them."""
-_WAITING, _RUNNING, _FAILED = TrialState.WAITING, TrialState.RUNNING, TrialState.FAIL
+_WAITING, _RUNNING, _FAILED, _STOPPED = TrialState.WAITING, TrialState.RUNNING, TrialState.FAIL, TrialState.PRUNED
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,12 @@ class Queue:
     def add(self, trials: list[Trial]) -> None:
         """Adds the trials that are not there yet; those that have a record in the file are done.
 
-        So a study goes on from its records alone, where its queue was lost or stayed on another machine.
+        So a study goes on from its records alone, where its queue was lost or stayed on another machine. Those that a
+        race stopped and that are in none now, or in another, are judged anew.
         """
-        with self.storage.turn():
-            known = {_name(row): _trial(row) for row in self._all()}
+        with uninterrupted(), self.storage.turn():
+            rows = {_name(row): row for row in self._all()}
+            known = {name: _trial(row) for name, row in rows.items()}
             found = {record.run: record for record in read_records(self._records.parent)}
             for trial in trials:
                 if trial.name not in known:
@@ -99,6 +101,16 @@ class Queue:
                         f"{trial.name} is in the study already, with other settings; give the grid that changes them a "
                         "condition of its own"
                     )
+                elif known[trial.name] != trial:
+                    self._change(rows[trial.name], trial)
+            self._settle_races()
+
+    def _change(self, row: FrozenTrial, trial: Trial) -> None:
+        """Other races, or another run to go on from; what is done or failed is not touched."""
+        if row.state in (_WAITING, _RUNNING):
+            self._rdb.set_trial_user_attr(row._trial_id, "trial", trial.model_dump_json())
+        elif row.state == _STOPPED:
+            self._enqueue({"name": trial.name, "trial": trial.model_dump_json()})
 
     def claim(self, most: int = 1) -> list[Claim]:
         """Claims the first trial whose needs are done, and such others as can be trained beside it.
@@ -114,7 +126,7 @@ class Queue:
     @patient
     def _claim(self, most: int, token: str) -> list[Claim]:
         with uninterrupted(), self.storage.turn():
-            self._settle()
+            held = self._settle()
             rows = self.rows()
             done = {_name(row) for row in rows if row.state == TrialState.COMPLETE}
             ended = {_name(row) for row in rows if row.state.is_finished()}
@@ -123,7 +135,7 @@ class Queue:
             claimed = [Claim(row._trial_id, _trial(row), token) for row in mine]
             for row in rows if not claimed else ():
                 alone = bool(row.user_attrs.get("deaths"))
-                if row.state != _WAITING or (alone and claimed):
+                if row.state != _WAITING or (alone and claimed) or _name(row) in held:
                     continue
                 trial = _trial(row)
                 if not set(trial.needs) <= done or not {trial.trunk} <= ended | {None}:
@@ -132,7 +144,7 @@ class Queue:
                     continue
                 # The owner and a sign of life first: a kill in between leaves a trial that waits, not one that
                 # nobody runs.
-                self._rdb.set_trial_user_attr(row._trial_id, "worker", {**_me(), "token": token})
+                self._rdb.set_trial_user_attr(row._trial_id, "worker", {**me(), "token": token})
                 self._rdb.record_heartbeat(row._trial_id)
                 if self._rdb.set_trial_state_values(row._trial_id, _RUNNING):
                     claimed.append(Claim(row._trial_id, trial, token))
@@ -165,6 +177,7 @@ class Queue:
                 return False
             if record.run not in self._written():
                 records.append(self._records, record)
+            self._settle_races()
             return True
 
     @patient
@@ -213,12 +226,15 @@ class Queue:
                 self._enqueue({key: row.user_attrs[key] for key in ("name", "trial")})
             return [_name(row) for row in failed]
 
-    def _settle(self) -> None:
-        """Fails the attempts of dead workers, makes new ones, and fails what needs a trial that failed for good."""
+    def _settle(self) -> set[str]:
+        """Fails the attempts of dead workers, makes new ones, and fails what needs a trial that failed for good.
+
+        Returns: names of the trials that wait for the others of their race.
+        """
         if self.storage.is_settled:
             optuna.storages.fail_stale_trials(self._study)
         for row in self.rows():
-            if row.state == _RUNNING and _known_dead(row.user_attrs.get("worker")):
+            if row.state == _RUNNING and known_dead(row.user_attrs.get("worker")):
                 self._fail(row._trial_id)
         for row in self.rows():
             if row.state == _FAILED and not self._is_final(row):
@@ -231,6 +247,23 @@ class Queue:
                 self._rdb.set_trial_user_attr(row._trial_id, "tries", self._retries)
                 self._fail(row._trial_id, f"needs {', '.join(sorted(failed.intersection(trial.needs)))}")
                 failed.add(trial.name)
+        return self._settle_races()
+
+    def _settle_races(self) -> set[str]:
+        """Ends what its race stops, and has wait again what it no longer stops; those that wait for others of it."""
+        rows = self.rows()
+        trials = [_trial(row) for row in rows]
+        if not any(trial.race for trial in trials):
+            return set()
+        found = {_name(row): _record(row.user_attrs["record"]) for row in rows if row.state == TrialState.COMPLETE}
+        verdicts = judge(trials, found, {_name(row) for row in rows if row.state == _FAILED and self._is_final(row)})
+        for row, trial in zip(rows, trials, strict=True):
+            if row.state == _WAITING and trial.name in verdicts.stopped:
+                self._rdb.set_trial_user_attr(row._trial_id, "stopped", verdicts.stopped[trial.name])
+                self._rdb.set_trial_state_values(row._trial_id, _STOPPED)
+            elif row.state == _STOPPED and trial.name not in {*verdicts.stopped, *verdicts.held}:
+                self._enqueue({key: row.user_attrs[key] for key in ("name", "trial")})
+        return verdicts.held
 
     def _is_final(self, row: FrozenTrial) -> bool:
         return "error" in row.user_attrs and row.user_attrs.get("tries", 0) >= self._retries
@@ -301,31 +334,13 @@ def _trial(row: FrozenTrial) -> Trial:
     return Trial.model_validate_json(row.user_attrs["trial"])
 
 
+@lru_cache(maxsize=4096)
+def _record(text: str) -> RunRecord:
+    return RunRecord.model_validate_json(text)
+
+
 def _same_teacher(one: Trial, other: Trial) -> bool:
     """Whether one pass of the teacher over one order of the text serves both trials."""
     return one.kind == "distill" and all(
         getattr(one, key) == getattr(other, key) for key in ("kind", "teacher", "seed", "distill")
     )
-
-
-def _me() -> dict[str, Any]:
-    process = psutil.Process()
-    return {"host": _host(), "pid": os.getpid(), "started": process.create_time()}
-
-
-def _host() -> str:
-    """This machine or, where containers share one, this container: whoever sees the same processes."""
-    space = Path("/proc/self/ns/pid")
-    return socket.gethostname() + (f" {space.readlink()}" if space.is_symlink() else "")
-
-
-def _known_dead(worker: dict[str, Any] | None) -> bool:
-    """Whether a worker is seen to be dead from here; of those elsewhere their heartbeats tell."""
-    if worker is None or worker["host"] != _host():
-        return False
-    try:
-        process = psutil.Process(worker["pid"])
-        # A killed process whose parent is gone may stay a zombie for ever, as in a container without an init.
-        return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - worker["started"]) >= 1.0
-    except psutil.NoSuchProcess:
-        return True

@@ -90,6 +90,21 @@ class StudentSize(Cut):
     name: Annotated[str | None, Field(pattern=r"^\w[\w.]*$")] = None
 
 
+class Race(Section):
+    """Teachers that can no longer win are stopped early; `true` stands for one with what is left out here.
+
+    Its heats are the budgets: a teacher is stopped between two of them.
+    """
+
+    share: Annotated[float, Field(gt=0, le=1)] = 0.4
+    tolerance: Annotated[float, Field(ge=0)] = 0.005
+
+
+def parse_race(value: Any) -> Any:
+    """The fields of a Race from true, None from false."""
+    return ({} if value else None) if isinstance(value, bool) else value
+
+
 class Grid(Section):
     """Trials: each of some students, cut from each of some models, taught by each of some teachers.
 
@@ -105,6 +120,7 @@ class Grid(Section):
     tokens: Annotated[Budgets, Field(min_length=1)] | None = None
     distill: dict[str, Any] = Field(default={})
     prune: dict[str, Any] = Field(default={})
+    race: Annotated[Race | None, BeforeValidator(parse_race)] = None
 
 
 def _all_alike(prune: Prune) -> Prune:

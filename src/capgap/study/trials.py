@@ -1,6 +1,6 @@
 """The trials that a study is made of."""
 
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import Field
 
@@ -9,7 +9,13 @@ from capgap.distill import Schedule
 from capgap.errors import StudyError
 from capgap.recipe import Prune, Section, Train, check
 from capgap.study.family import NEAREST, Family, Model
-from capgap.study.spec import ALL, NONE, RANDOM, TEACHER, Grid
+from capgap.study.spec import ALL, NONE, RANDOM, TEACHER, Grid, Race
+
+
+class Raced(Race):
+    """The race that a trial is in: `coupled` among teachers that are each their own start, else of its one start."""
+
+    coupled: bool
 
 
 class Trial(Section):
@@ -24,7 +30,9 @@ class Trial(Section):
         needs: names of the trials that must have succeeded before.
         trunk: the trial with fewer tokens and otherwise equal whose constant part this one goes on from, if there is
             one; it must have ended before.
+        taken_over: tokens that it need not be trained on if it goes on from its trunk.
         condition, distill, prune: as in the grid it is of.
+        race: in which it may be stopped early; None if it is to be run in any case.
     """
 
     name: str
@@ -37,13 +45,15 @@ class Trial(Section):
     tokens: int
     needs: list[str] = Field(default=[])
     trunk: str | None = None
+    taken_over: int = 0
     condition: str = ""
     distill: dict[str, Any] = Field(default={})
     prune: dict[str, Any] = Field(default={})
+    race: Raced | None = None
 
     def alike(self, other: "Trial") -> bool:
-        """Whether both come to one result; from where a run goes on, and after which others, does not change it."""
-        hints = {"trunk": None, "needs": []}
+        """Whether both come to one result; from where a run goes on, after which others and if does not change it."""
+        hints = {"trunk": None, "taken_over": 0, "needs": [], "race": None}
         return self.model_copy(update=hints) == other.model_copy(update=hints)
 
 
@@ -73,6 +83,8 @@ def trials_of(family: Family) -> list[Trial]:
                 f"two different trials are called {trial.name}; give a grid that changes distill or prune a condition "
                 "of its own, and budgets that differ by a hundredth at least"
             )
+        if other.race != trial.race:  # what one of its grids has run, or races otherwise, is run
+            found[trial.name] = other.model_copy(update={"race": None})
     return list(found.values())
 
 
@@ -106,30 +118,40 @@ def _of_grid(family: Family, grid: Grid, where: str) -> list[Trial]:
     cells = _cells(family, grid, where)
     for seed in grid.seeds or family.spec.seeds:
         rounds: dict[int, list[Trial]] = {}
-        for student, start, teacher in cells:
-            for place, trial in enumerate(_budgets(family, grid, student, start, teacher, seed)):
+        for cell in cells:
+            for place, trial in enumerate(_budgets(family, grid, cell, seed)):
                 rounds.setdefault(place, []).append(trial)
         for place in sorted(rounds):
             trials += rounds[place]
     return trials
 
 
-def _cells(family: Family, grid: Grid, where: str) -> list[tuple[int, Model | None, Model | None]]:
-    """(student, start, teacher), the large teachers first."""
+class _Cell(NamedTuple):
+    """Of a grid; `coupled` where it was asked for as the teacher being the start."""
+
+    student: int
+    start: Model | None
+    teacher: Model | None
+    coupled: bool
+
+
+def _cells(family: Family, grid: Grid, where: str) -> list[_Cell]:
+    """The large teachers first."""
     cells = []
     for student in range(len(family.spec.students)) if grid.students is None else grid.students:
         cuttable = family.larger(student)
         teaching = [m for m in family.models.values() if m.scale > NEAREST * family.scales[student]]
         for teacher in _named(family, grid.teachers, teaching, f"{where}.teachers", (NONE,)):
             for start in _named(family, grid.starts, cuttable, f"{where}.starts", (RANDOM, TEACHER)):
-                if start == TEACHER:
+                coupled = start == TEACHER
+                if coupled:
                     start = teacher
                     if teacher not in cuttable:
                         continue
                 assert not isinstance(start, str)
                 assert not isinstance(teacher, str)
-                cells.append((student, start, teacher))
-    return sorted(cells, key=lambda cell: -(cell[2].scale if cell[2] else 0))
+                cells.append(_Cell(student, start, teacher, coupled))
+    return sorted(cells, key=lambda cell: -(cell.teacher.scale if cell.teacher else 0))
 
 
 def _named(
@@ -150,11 +172,10 @@ def _named(
     return list(dict.fromkeys(found))
 
 
-def _budgets(
-    family: Family, grid: Grid, student: int, start: Model | None, teacher: Model | None, seed: int
-) -> list[Trial]:
+def _budgets(family: Family, grid: Grid, cell: _Cell, seed: int) -> list[Trial]:
     """The trials of one cell and seed, from the fewest tokens on, each going on from the one before."""
-    spec = family.spec
+    spec, (student, start, teacher, coupled) = family.spec, cell
+    race = Raced(**grid.race.model_dump(), coupled=coupled) if grid.race and teacher else None
     step = spec.distill.tokens_per_step
     tokens = sorted({budget.of(family.scales[student], step) for budget in spec.budgets(grid)})
     stem = (
@@ -177,11 +198,13 @@ def _budgets(
             condition=grid.condition,
             distill=grid.distill,
             prune=grid.prune,
+            race=race,
         )
         # What does not go with the data, as a warm-up longer than the run, is found here.
         schedule = Schedule.of(training_of(family, trial), spec.data.block)
         if before is not None and before.branches_at and before.trunk == schedule.trunk:
-            trial = trial.model_copy(update={"trunk": trials[-1].name})
+            shared = before.branches_at * before.step_tokens
+            trial = trial.model_copy(update={"trunk": trials[-1].name, "taken_over": shared})
         trials.append(trial)
         before = schedule
     return trials

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from optuna.trial import FrozenTrial, TrialState
 
 from capgap.errors import StudyError
 from capgap.pipeline import Corpus
@@ -111,11 +112,12 @@ def run_study(
     Raises: StudyError if trials failed (the others are done first), or the folder holds another study.
     """
     way = way or Way(workers=workers)
-    create_study(spec, folder, way)
+    trials = create_study(spec, folder, way)
     open_study_corpus(spec, folder, quiet=quiet)
     queue = way.queue(folder, spec)
     if again:
         queue.reclaim()
+        queue.add(trials)  # what was tried before may be in another race now
     queue.write_records()
     if queue.unfinished():
         if way.workers == 1:
@@ -252,7 +254,7 @@ def _outcomes(
 
 @dataclass(frozen=True)
 class Status:
-    """How far a study is: (name, state, loss or None) of each trial, and of each failed one why."""
+    """How far a study is: (name, state, loss or None) of each trial, and why of those that failed or were stopped."""
 
     trials: list[tuple[str, str, float | None]]
     errors: dict[str, str]
@@ -270,6 +272,15 @@ def study_status(folder: Path, storage: str | None = None) -> Status:
     rows = queue.rows()
     queue.close()
     return Status(
-        [(row.user_attrs["name"], row.state.name.lower(), row.values[0] if row.values else None) for row in rows],
-        {row.user_attrs["name"]: row.user_attrs["error"] for row in rows if "error" in row.user_attrs},
+        [(row.user_attrs["name"], _state(row), row.values[0] if row.values else None) for row in rows],
+        {
+            row.user_attrs["name"]: row.user_attrs[key]
+            for row in rows
+            for key in ("error", "stopped")
+            if key in row.user_attrs
+        },
     )
+
+
+def _state(row: FrozenTrial) -> str:
+    return "stopped early" if row.state == TrialState.PRUNED else row.state.name.lower()

@@ -1,0 +1,136 @@
+"""What each teacher's student will lose at more tokens, beside the other teachers', from what was measured so far."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""With which power of the tokens a difference may fade; 0 is their logarithm."""
+RATIOS = (0.1, 1.0, 10.0, 100.0)
+"""How far apart teachers may be for reasons that are not their scale: variance over that of the last points."""
+PARABOLA_NEEDS = 4
+
+
+@dataclass(frozen=True)
+class Point:
+    """A held-out loss on the way.
+
+    Attributes:
+        runner: which teacher, counted from 0.
+        tokens: trained on until then.
+        part: points of one part and of equal tokens compare: 0 for the constant learning rate, else the run's tokens.
+        loss: nats per token.
+    """
+
+    runner: int
+    tokens: int
+    part: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Final losses, up to a term that all runners share.
+
+    Attributes:
+        loss_N: nats per token, for each runner; only differences mean something.
+        covariance_NN: of their errors, nats squared, those of the final losses' own noise included.
+    """
+
+    loss_N: Floats
+    covariance_NN: Floats
+
+    def above(self, other: int) -> tuple[Floats, Floats]:
+        """How far each runner will be above `other`, and the standard error of that: [N] nats each."""
+        c = self.covariance_NN
+        variance_N = c.diagonal() + c[other, other] - 2 * c[other]
+        return self.loss_N - self.loss_N[other], np.sqrt(np.maximum(variance_N, 0.0))
+
+
+@lru_cache(maxsize=1024)  # workers ask again at every look for a trial
+def forecast(scales: tuple[float, ...], points: tuple[Point, ...], tokens: int) -> Forecast | None:
+    """The losses of all runners at `tokens`, from points at fewer.
+
+    A linear mixed model. Points of one part and of equal tokens share a free term, so that only differences between
+    teachers count. These differ by a parabola in x = ln(scale) (a straight line for fewer than four scales) and by an
+    effect of each teacher's own, shrunk as far as the points say; both move on a line in h(tokens) = -tokens^-k, or
+    ln(tokens) for k = 0. The variance of a point falls as 1 / tokens. The power k and the ratio of the effects'
+    variance to the points' are not known: the forecast is the mean over POWERS and RATIOS, weighted by their restricted
+    likelihood, and its covariance has what they disagree by in it.
+
+    Args:
+        scales: parameters of each runner's teacher.
+    Returns: None where the points cannot tell: of one number of tokens, of one scale, or no more than free terms.
+    Source: Henderson 1975, Biometrics 31, the mixed model equations; Patterson and Thompson 1971, Biometrika 58,
+        restricted likelihood.
+    """
+    if len({p.tokens for p in points}) < 2 or len(set(scales)) < 2:
+        return None
+    x_N = np.log(np.asarray(scales))
+    x_N = (x_N - x_N.mean()) / x_N.std()
+    degree = 2 if len(set(scales)) >= PARABOLA_NEEDS else 1
+    poly_NK = np.stack([x_N**k for k in range(1, degree + 1)], axis=1)
+    fits = list(_fits(poly_NK, points, tokens))
+    if not fits:
+        return None
+    weights = np.exp([fit.likelihood - max(f.likelihood for f in fits) for fit in fits])
+    weights /= weights.sum()
+    mean_N = np.sum([w * fit.loss_N for w, fit in zip(weights, fits, strict=True)], axis=0)
+    spread = [fit.covariance_NN + np.outer(fit.loss_N - mean_N, fit.loss_N - mean_N) for fit in fits]
+    return Forecast(mean_N, np.sum([w * c for w, c in zip(weights, spread, strict=True)], axis=0))
+
+
+@dataclass(frozen=True)
+class _Fit(Forecast):
+    """Under one power and ratio. `likelihood`: the logarithm of the restricted one, up to a constant."""
+
+    likelihood: float
+
+
+def _fits(poly_NK: Floats, points: Sequence[Point], tokens: int) -> Iterator[_Fit]:
+    runner_P = np.array([p.runner for p in points])
+    tokens_P = np.array([p.tokens for p in points], dtype=np.float64)
+    loss_P = np.array([p.loss for p in points])
+    last = tokens_P.max()
+    compared = sorted({(p.part, p.tokens) for p in points})
+    shared_PG = np.array([[(p.part, p.tokens) == group for group in compared] for p in points], dtype=np.float64)
+    own_NN = np.eye(len(poly_NK))
+    root_P = np.sqrt(tokens_P / last)
+    degrees = len(points) - shared_PG.shape[1] - 2 * poly_NK.shape[1]
+    if degrees <= 0:
+        return
+    for power in POWERS:
+        # On a scale on which the first points are at -1 and the last at 0: then the likelihoods of different powers
+        # are over the same unknowns, the differences at both ends of what was measured.
+        h_P = _progress(tokens_P, tokens_P.min(), last, power)
+        ahead = float(_progress(np.array([float(tokens)]), tokens_P.min(), last, power)[0])
+        fixed_PF = np.hstack([shared_PG, poly_NK[runner_P], poly_NK[runner_P] * h_P[:, None]])
+        effects_PE = np.hstack([own_NN[runner_P], own_NN[runner_P] * h_P[:, None]])
+        there_NC = np.hstack([np.zeros((len(own_NN), len(compared))), poly_NK, poly_NK * ahead, own_NN, own_NN * ahead])
+        a_PC, b_P = np.hstack([fixed_PF, effects_PE]) * root_P[:, None], loss_P * root_P
+        for ratio in RATIOS:
+            shrink_C = np.repeat([1e-10, 1 / ratio], [fixed_PF.shape[1], effects_PE.shape[1]])
+            root_CC = np.linalg.cholesky(a_PC.T @ a_PC + np.diag(shrink_C))
+            right_C = a_PC.T @ b_P
+            half_C = np.linalg.solve(root_CC, right_C)
+            variance = max(float(b_P @ b_P - half_C @ half_C) / degrees, 1e-14)
+            half_CN = np.linalg.solve(root_CC, there_NC.T)
+            logs = degrees * np.log(variance) + 2 * np.log(root_CC.diagonal()).sum()
+            yield _Fit(
+                half_CN.T @ half_C,
+                variance * (half_CN.T @ half_CN + last / tokens * own_NN),
+                float(-0.5 * (logs + effects_PE.shape[1] * np.log(ratio))),
+            )
+
+
+def _progress(tokens_P: Floats, first: float, last: float, power: float) -> Floats:
+    """h(tokens), moved and stretched so that it is -1 at `first` and 0 at `last`; [P]."""
+
+    def h(share_P: Floats) -> Floats:
+        return np.log(share_P) if power == 0 else 1 - share_P**-power
+
+    return h(tokens_P / last) / -h(np.array([first / last]))

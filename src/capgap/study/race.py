@@ -1,0 +1,275 @@
+"""The race of a student's teachers: those that can no longer win are stopped early.
+
+A race is run in heats, its budgets of tokens. After each the loss under every teacher at the largest budget is
+forecast; a teacher is stopped where even an optimistic forecast is worse than the best one, or where the race has no
+FLOPs left for it. All of it is a function of the records, so whoever asks, and when, gets one answer.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from capgap.cost import format_count
+from capgap.errors import StudyError
+from capgap.records import RunRecord
+from capgap.study.forecast import Point, forecast
+from capgap.study.spec import Race
+from capgap.study.trials import Raced, Trial
+
+OPTIMISM = 2.0
+"""Standard errors by which a forecast may be wrong in a teacher's favour."""
+
+
+@dataclass
+class Verdicts:
+    """What the races say of their trials: those stopped and why; those that wait for others. All others may run."""
+
+    stopped: dict[str, str] = field(default_factory=dict)
+    held: set[str] = field(default_factory=set)
+
+
+def judge(trials: Sequence[Trial], records: Mapping[str, RunRecord], failed: Collection[str]) -> Verdicts:
+    """The verdicts of all races of a study.
+
+    Args:
+        records: of the finished trials; failed: names of those that failed for good; all others are still to end.
+    """
+    found = Verdicts()
+    for key, race in {_key(trial, trial.race): trial.race for trial in trials if trial.race}.items():
+        members = [trial for trial in trials if trial.kind == "distill" and _key(trial, race) == key]
+        _Heats(race, members, records, failed).judge(found)
+    return found
+
+
+def may_be_stopped(trials: Sequence[Trial]) -> set[str]:
+    """Names of the trials that a race may stop: those that are not of its first heat."""
+    first: dict[object, int] = {}
+    raced = [(trial, _key(trial, trial.race)) for trial in trials if trial.race]
+    for trial, key in raced:
+        first[key] = min(trial.tokens, first.get(key, trial.tokens))
+    return {trial.name for trial, key in raced if trial.tokens > first[key]}
+
+
+def _key(trial: Trial, race: Raced) -> object:
+    """What the trials of one race have in common; trials that are not stopped may run in it too."""
+    start = ("teacher" if trial.start == trial.teacher else None) if race.coupled else ("start", trial.start)
+    same = trial.student, trial.seed, trial.condition, repr(trial.distill), repr(trial.prune)
+    return *same, start, race.model_dump_json()
+
+
+class _Heats:
+    """One race: its trials up to the largest budget in which it may stop some."""
+
+    def __init__(
+        self, race: Raced, members: Sequence[Trial], records: Mapping[str, RunRecord], failed: Collection[str]
+    ):
+        self.race, self.records, self.failed = race, records, failed
+        self.target = max(trial.tokens for trial in members if trial.race)
+        self.trials = [trial for trial in members if trial.tokens <= self.target]
+        self.budgets = sorted({trial.tokens for trial in self.trials})
+        self.names = {trial.name for trial in self.trials}
+        done = [(t.teacher, records[t.name]) for t in self.trials if t.name in records]
+        self.per_token = {teacher: record.flops / record.tokens for teacher, record in done}
+        self.scales = {teacher: _scale(record) for teacher, record in done}
+
+    def judge(self, found: Verdicts) -> None:
+        out: dict[str | None, str] = {}
+        decided = True
+        for heat, tokens in enumerate(self.budgets):
+            if heat and decided:
+                out = self._after(self.budgets[heat - 1], tokens, out)
+            for trial in self._of(tokens):
+                if trial.name in self.records:
+                    continue
+                if trial.race and trial.teacher in out:
+                    found.stopped[trial.name] = out[trial.teacher]
+                elif trial.race and not decided:
+                    found.held.add(trial.name)
+            ended = {*self.records, *self.failed, *found.stopped}
+            decided = decided and all(trial.name in ended for trial in self._of(tokens))
+
+    def _of(self, tokens: int) -> list[Trial]:
+        return [trial for trial in self.trials if trial.tokens == tokens]
+
+    def _after(self, tokens: int, further: int, out: Mapping[str | None, str]) -> dict[str | None, str]:
+        """Who is out after the heat of `tokens`, and why; `out` are those that were before."""
+        ran = {t.teacher: self.records[t.name] for t in self._of(tokens) if t.name in self.records}
+        now = {teacher: why for teacher, why in out.items() if teacher not in ran}
+        for trial in self._of(tokens):
+            if trial.name in self.failed and trial.teacher not in now:
+                now[trial.teacher] = f"its run of {format_count(tokens)} tokens failed"
+        return {**now, **self._stopped(tokens, further, ran)}
+
+    def _stopped(self, tokens: int, further: int, ran: Mapping[str | None, RunRecord]) -> dict[str | None, str]:
+        """Those of the teachers that ran the heat of `tokens` that do not run the next, of `further`."""
+        order = sorted(self.scales, key=lambda teacher: (self.scales[teacher], teacher or ""))
+        scales = tuple(float(self.scales[teacher]) for teacher in order)
+        seen = forecast(scales, self._points(order, tokens), self.target) if ran else None
+        if seen is None:
+            return {}
+        best = min(ran, key=lambda teacher: seen.loss_N[order.index(teacher)])
+        above_N, error_N = seen.above(order.index(best))
+        above = {teacher: float(above_N[order.index(teacher)]) for teacher in ran}
+        error = {teacher: float(error_N[order.index(teacher)]) for teacher in ran}
+        margin = self.race.tolerance * min(record.loss for record in ran.values())
+        hopeful = [teacher for teacher in ran if above[teacher] - OPTIMISM * error[teacher] <= margin]
+
+        cost = {trial.teacher: self._flops(trial) for trial in self._of(further)}
+        anyway = {trial.teacher for trial in self._of(further) if not trial.race}
+        allowance = self._left(tokens) / sum(budget > tokens for budget in self.budgets)
+        allowance -= sum(cost[teacher] for teacher in anyway)
+        kept = set(anyway)
+        for teacher in sorted(hopeful, key=lambda teacher: (above[teacher], self.scales[teacher])):
+            if teacher not in kept and cost.get(teacher, 0.0) <= allowance:
+                kept.add(teacher)
+                allowance -= cost.get(teacher, 0.0)
+        if kept == anyway:
+            kept.add(best)  # nobody can be paid for: somebody must arrive
+        when = f"after {format_count(tokens)} tokens its loss at {format_count(self.target)} is forecast"
+        reasons = {}
+        for teacher in ran.keys() - kept:
+            reasons[teacher] = f"{when} {above[teacher]:.4f} ± {error[teacher]:.4f} nats above that of {best}"
+            if teacher in hopeful:
+                share = f"{100 * self.race.share:g} % of the grid's FLOPs"
+                reasons[teacher] += f", and the race, which may take {share}, has none left for it"
+                if teacher == best:
+                    reasons[teacher] = f"{when} to be the lowest, but it would take the race over {share}"
+        return reasons
+
+    def _points(self, order: Sequence[str | None], tokens: int) -> tuple[Point, ...]:
+        """All that was measured up to the heat of `tokens`, once each: a run brings those of its trunk."""
+        found: dict[tuple[int, int, int], Point] = {}
+        for trial in sorted(self.trials, key=lambda trial: (trial.tokens, trial.name)):
+            record = self.records.get(trial.name)
+            if record is None or trial.tokens > tokens:
+                continue
+            for row in record.curve or [{"tokens": record.tokens, "loss": record.loss}]:
+                if "loss" in row and row["tokens"] > 0:
+                    part = 0 if _at_full_rate(row, record.recipe) else record.tokens
+                    point = Point(order.index(trial.teacher), int(row["tokens"]), part, row["loss"])
+                    found.setdefault((point.runner, point.part, point.tokens), point)
+        return tuple(found.values())
+
+    def _flops(self, trial: Trial) -> float:
+        """Of the trial alone, where it goes on from its trunk; 0 if nothing of its teacher was run."""
+        own = trial.tokens - (trial.taken_over if trial.trunk in self.names else 0)
+        return own * self.per_token.get(trial.teacher, 0.0)
+
+    def _left(self, tokens: int) -> float:
+        """FLOPs that the race may still take after the heat of `tokens`."""
+        spent = [trial for trial in self.trials if trial.tokens <= tokens and trial.name in self.records]
+        return self.race.share * sum(map(self._flops, self.trials)) - sum(map(self._flops, spent))
+
+
+def _scale(record: RunRecord) -> int:
+    if not record.teacher_scale:
+        raise StudyError(f"{record.run}: its record does not say its teacher's scale, without which there is no race")
+    return record.teacher_scale
+
+
+def _at_full_rate(row: Mapping[str, float], recipe: Mapping[str, Any]) -> bool:
+    """Whether a point is of the constant part of `wsd`, which runs of more tokens share."""
+    return recipe.get("schedule") == "wsd" and "lr" in row and math.isclose(row["lr"], recipe["lr"])
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a race would have come to, beside the full grid that was run.
+
+    Attributes:
+        student, condition, seed: whose race; tokens: its heats.
+        heats: the teachers that ran each.
+        teacher, loss: the winner, the lowest at the largest budget; nats per token.
+        best_teacher, best_loss: of the full grid.
+        share: of the full grid's FLOPs that the race took, the pretraining of teachers aside.
+    """
+
+    student: str
+    condition: str
+    seed: int
+    tokens: tuple[int, ...]
+    heats: tuple[tuple[str, ...], ...]
+    teacher: str
+    loss: float
+    best_teacher: str
+    best_loss: float
+    share: float
+
+    @property
+    def above(self) -> float:
+        """How far the winner's loss is above the full grid's best, as a share of it."""
+        return self.loss / self.best_loss - 1
+
+
+def replay(records: Sequence[RunRecord], race: Race | None = None) -> list[Replayed]:
+    """Races on the records of full grids, with nothing shown before it would have been run.
+
+    One for each student, condition and seed whose teachers are each their own start, and for each two or more budgets
+    that all its teachers were run at: the longest of them, and each shorter one in its place.
+    """
+    coupled = [record for record in records if record.kind == "distill" and record.start == record.teacher]
+    found = []
+    for group in dict.fromkeys((r.student_scale, r.student, r.condition, r.seed) for r in sorted(coupled, key=_place)):
+        mine = [r for r in coupled if (r.student_scale, r.student, r.condition, r.seed) == group]
+        teachers = {r.teacher for r in mine}
+        budgets = [
+            tokens
+            for tokens in sorted({r.tokens for r in mine})
+            if {r.teacher for r in mine if r.tokens == tokens} == teachers
+        ]
+        for last in range(1, len(budgets) if len(teachers) > 1 else 0):
+            found.append(_replayed([r for r in mine if r.tokens in budgets[: last + 1]], race or Race()))
+    return found
+
+
+def _place(record: RunRecord) -> tuple[int, str, str, int]:
+    return record.student_scale, record.student, record.condition, record.seed
+
+
+def _replayed(records: Sequence[RunRecord], race: Race) -> Replayed:
+    trials = [
+        Trial(
+            name=record.run,
+            kind="distill",
+            student=0,
+            start=record.start,
+            teacher=record.teacher,
+            seed=record.seed,
+            tokens=record.tokens,
+            race=Raced(**race.model_dump(), coupled=True),
+        )
+        for record in records
+    ]
+    by_name = {record.run: record for record in records}
+    # A trunk is whatever run of the grid spared the tokens that the record says.
+    names = {(record.teacher, record.tokens): record.run for record in records}
+    budgets = sorted({record.tokens for record in records})
+    for index, trial in enumerate(trials):
+        shorter = [tokens for tokens in budgets if tokens < trial.tokens]
+        if by_name[trial.name].tokens_taken_over and shorter:
+            trunk = names[trial.teacher, shorter[-1]]
+            over = by_name[trial.name].tokens_taken_over
+            trials[index] = trial.model_copy(update={"trunk": trunk, "taken_over": over})
+    shown: dict[str, RunRecord] = {}
+    while True:
+        verdicts = judge(trials, shown, ())
+        runs = by_name.keys() - shown.keys() - verdicts.stopped.keys() - verdicts.held
+        if not runs:
+            break
+        shown |= {name: by_name[name] for name in runs}
+    first, best = records[0], min((r for r in records if r.tokens == budgets[-1]), key=lambda r: r.loss)
+    winner = min((r for r in shown.values() if r.tokens == budgets[-1]), key=lambda r: r.loss)
+    ran = [sorted((r for r in shown.values() if r.tokens == b), key=lambda r: r.teacher_scale or 0) for b in budgets]
+    return Replayed(
+        student=first.student,
+        condition=first.condition,
+        seed=first.seed,
+        tokens=tuple(budgets),
+        heats=tuple(tuple(str(r.teacher) for r in heat) for heat in ran),
+        teacher=str(winner.teacher),
+        loss=winner.loss,
+        best_teacher=str(best.teacher),
+        best_loss=best.loss,
+        share=sum(r.flops_spent for r in shown.values()) / sum(r.flops_spent for r in records),
+    )
