@@ -118,7 +118,7 @@ class _Heats:
         cost = {trial.teacher: self._flops(trial) for trial in self._of(further)}
         anyway = {trial.teacher for trial in self._of(further) if not trial.race}
         allowance = self._left(tokens) / sum(budget > tokens for budget in self.budgets)
-        allowance -= sum(cost[teacher] for teacher in anyway)
+        allowance -= math.fsum(cost[teacher] for teacher in anyway)
         kept = set(anyway)
         for teacher in sorted(hopeful, key=lambda teacher: (above[teacher], self.scales[teacher])):
             if teacher not in kept and cost.get(teacher, 0.0) <= allowance:
@@ -159,7 +159,8 @@ class _Heats:
     def _left(self, tokens: int) -> float:
         """FLOPs that the race may still take after the heat of `tokens`."""
         spent = [trial for trial in self.trials if trial.tokens <= tokens and trial.name in self.records]
-        return self.race.share * sum(map(self._flops, self.trials)) - sum(map(self._flops, spent))
+        # Exact sums, so that the order of records decides nothing.
+        return self.race.share * math.fsum(map(self._flops, self.trials)) - math.fsum(map(self._flops, spent))
 
 
 def _scale(record: RunRecord) -> int:
@@ -271,5 +272,5 @@ def _replayed(records: Sequence[RunRecord], race: Race) -> Replayed:
         loss=winner.loss,
         best_teacher=str(best.teacher),
         best_loss=best.loss,
-        share=sum(r.flops_spent for r in shown.values()) / sum(r.flops_spent for r in records),
+        share=math.fsum(r.flops_spent for r in shown.values()) / math.fsum(r.flops_spent for r in records),
     )
