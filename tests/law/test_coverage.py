@@ -7,6 +7,7 @@ import pytest
 
 from capgap.law import Observation, fit_law
 
+pytestmark = pytest.mark.slow
 SLOPE, INTERCEPT = 2.5, -10e3
 STUDENTS = np.geomspace(26e3, 240e3, 5)
 TEACHERS = np.geomspace(20e3, 2.4e6, 9)
