@@ -1,7 +1,8 @@
 """What a race would have found, and saved, on a grid that was run in full, from its records alone.
 
-Nothing is trained: the race is shown a record only when it would have run it. For each student, each budget and seed
-whose teachers were all run: the race's teacher beside the full grid's best, and the share of the grid's FLOPs.
+Nothing is trained: the race is shown a record only when it would have run it. For each student and each budget that all
+teachers were run at: the race's teacher beside the full grid's best, losses the mean over seeds, and the share of the
+grid's FLOPs.
 
     python benchmarks/race_replay.py studies/nano/records.jsonl --json benchmarks/results/race_replay.json
 """
@@ -16,13 +17,13 @@ from capgap import records
 from capgap.cost import format_count
 from capgap.study import Race, Replayed, replay
 
-COLUMNS = ["student", "seed", "tokens", "ran each heat", "the race's teacher", "the best", "above it", "FLOPs"]
+COLUMNS = ["student", "seeds", "tokens", "ran each heat", "the race's teacher", "the best", "above it", "FLOPs"]
 
 
 def row(one: Replayed) -> list[str]:
     return [
         f"{one.student} {one.condition}".strip(),
-        str(one.seed),
+        ", ".join(map(str, one.seeds)),
         format_count(one.tokens[-1]),
         " > ".join(str(len(heat)) for heat in one.heats),
         f"{one.teacher} ({one.loss:.4f})",

@@ -1,8 +1,10 @@
 """Progress of long work: a bar on a terminal, plain lines in a log."""
 
+import contextlib
 import os
 import sys
 import time
+from collections.abc import Iterator
 from types import TracebackType
 
 from rich.console import Console
@@ -11,6 +13,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 SECONDS_BETWEEN_LINES = 10.0
 
 console = Console(stderr=True, highlight=False)
+_shared_every: float | None = None
+
+
+@contextlib.contextmanager
+def sharing_the_screen(every: float = 60.0) -> Iterator[None]:
+    """Meanwhile no bars: this process is one of several, or has many things to do, and says a line so often (s)."""
+    global _shared_every
+    before, _shared_every = _shared_every, every
+    try:
+        yield
+    finally:
+        _shared_every = before
 
 
 def say(line: str, *, every_process: bool = False) -> None:
@@ -26,7 +40,8 @@ def _speaks() -> bool:
 class Bar:
     """A context that shows how far some work has come.
 
-    On a terminal it is a bar. Elsewhere it is a line every ten seconds and one at the end.
+    On a terminal it is a bar. Elsewhere it is a line every ten seconds and one at the end; within `sharing_the_screen`
+    only the lines on the way.
 
     Args:
         title: what is being done.
@@ -41,7 +56,7 @@ class Bar:
         self._bar: Progress | None = None
 
     def __enter__(self) -> "Bar":
-        if not self.quiet and console.is_terminal:
+        if not self.quiet and console.is_terminal and _shared_every is None:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -59,13 +74,15 @@ class Bar:
         self.done, self.note = done, note
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=note)
-        elif not self.quiet and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._line()
+        elif not self.quiet:
+            every = SECONDS_BETWEEN_LINES if _shared_every is None else _shared_every
+            if time.monotonic() - self._last_line >= every:
+                self._line()
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None):
         if self._bar is not None:
             self._bar.stop()
-        elif not self.quiet and kind is None:
+        elif not self.quiet and kind is None and _shared_every is None:
             self._line()
 
     def _line(self) -> None:

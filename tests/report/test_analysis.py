@@ -2,10 +2,11 @@ import math
 
 import pytest
 
-from capgap.report import analyse, analysis_tables, own_laws_of, picks_of, write_report
+from capgap.report import analyse, analysis_tables, names_of, own_laws_of, picks_of, write_report
 from capgap.report.maps import best, best_coupled, cells_of
 from capgap.report.tables import (
     budget_rows,
+    condition_rows,
     hypothesis_rows,
     influence_rows,
     pick_rows,
@@ -63,6 +64,16 @@ def test_a_condition_is_compared_with_the_papers_way(several):
     assert found["kd-only"].p < 0.01
     assert found["kd-only"].details[0].startswith("the paper's way: T*/S = 3.")
     same = whole_study(best=lambda s, _: 3.2 * s, budgets=(30,), sigma=0.0021, condition="kd-only")
+    # Each student's optimum stands beside that of the paper's way.
+    made = analyse([*several, *again])
+    assert [(c.condition, c.budget, c.same) for c in made.conditions] == [("kd-only", "30 tokens per parameter", True)]
+    rows = condition_rows(made.conditions, names_of(several))
+    assert [row["student"] for row in rows] == [names_of(several)[row.student] for row in made.conditions[0].law.optima]
+    plain = {row.student: row.optimum for row in made.budgets[1].law.optima}
+    for row, optimum in zip(rows, made.conditions[0].law.optima, strict=True):
+        assert row["the paper's way"].endswith(f"{plain[optimum.student].teacher / optimum.student:.2f}")
+        assert row["its loss"] == f"{plain[optimum.student].loss:.4f}"
+        assert row["T*/S"].endswith(f"{optimum.optimum.teacher / optimum.student:.2f}")
     # The very same optima with other noise.
     assert dict(analyse([*several, *same]).tests)["kd-only"].p > 0.01
 
@@ -141,7 +152,7 @@ def test_tables_have_a_row_for_each(several, analysis):
     assert len(pick_rows(picks_of(several, analysis))) == 15
     rows = role_rows(analyse(roles_apart()).roles)
     assert rows[0]["start P*/S"].startswith(("2.", "1.9"))
-    assert "exponent of tokens" in printed(analysis_tables(analysis)[0])
+    assert "exponent of tokens" in printed(analysis_tables(analysis, {})[0])
 
 
 def test_bounds_are_said_in_the_budgets_table():

@@ -218,7 +218,7 @@ def test_who_goes_on_is_who_may_win_and_can_be_paid_for(share, tolerance, seed):
     first = shown(trials, scales, budgets[0], noisy(seed, 0.005, inner))
     records = sorted(first.values(), key=lambda record: record.teacher_scale or 0)
     points = tuple(
-        Point(i, int(row["tokens"]), 0 if row["lr"] else record.tokens, row["loss"])
+        Point(i, int(row["tokens"]), (0, 0 if row["lr"] else record.tokens), row["loss"])
         for i, record in enumerate(records)
         for row in record.curve
     )
@@ -315,17 +315,57 @@ def test_what_is_run_in_any_case_is_paid_for_first_and_what_is_longer_not_at_all
     assert stopped({"teachers": [largest], "tokens": ["30x"]}) == alone
 
 
-def test_each_student_seed_condition_and_start_has_a_race_of_its_own():
+def test_each_student_condition_and_start_has_a_race_of_its_own_with_all_its_seeds():
     trials, scales, budgets = setting(seeds=[0, 1], students=[{"scale": "12k"}, {"scale": "13k"}])
-    mine = [t for t in trials if (t.student, t.seed) == (0, 0)]
+    mine = [t for t in trials if t.student == 0]
     first = {t.name: record_of(t, scales[t.teacher]) for t in mine if t.tokens == mine[0].tokens}
+    # A heat is over when all of its seeds are.
+    some = {name: record for name, record in first.items() if not name.endswith("seed1")}
+    waiting = judge(trials, some, ())
+    assert not waiting.stopped
+    assert waiting.held == {t.name for t in trials if t.tokens not in (budgets[0], budgets[1])}
     verdicts = judge(trials, first, ())
+    assert verdicts.stopped
     assert verdicts.stopped.keys() <= {t.name for t in mine}
+    assert {n[:-1] for n in verdicts.stopped if n.endswith("0")} == {
+        n[:-1] for n in verdicts.stopped if n.endswith("1")
+    }
     assert verdicts.held > {t.name for t in trials if t not in mine and t.tokens > budgets[1]}
     start = next(iter(family().models))
     fixed, scales, _ = setting(grids=[{"race": True, "starts": [start], "teachers": ["all", "none"]}])
     assert {t.start for t in fixed} == {start}
     assert judge(fixed, shown(fixed, scales, fixed[0].tokens), ()).stopped
+
+
+def test_the_winner_is_the_best_over_the_seeds():
+    """One seed's luck does not decide, and a budget counts with the seeds that it is full of."""
+    lucky = {(SCALES[5], 1_200_000, 1): -0.5}
+
+    def law(seed):
+        return lambda scale, tokens: moving(scale, tokens) + lucky.get((scale, round(tokens), seed), 0.0)
+
+    both = [r.model_copy(update={"run": f"{r.run}-{s}"}) for s in (0, 1, 2) for r in grid(SCALES, law(s), seed=s)]
+    one = replay(both, Race(share=1.0, tolerance=1.0))[-1]
+    assert one.seeds == (0, 1, 2)
+    assert one.best_teacher == one.teacher == f"t{SCALES[5]}"
+    assert one.best_loss == pytest.approx(moving(SCALES[5], 1_200_000) - 0.5 / 3)
+    assert one.share == pytest.approx(1)
+    # Seeds of which a teacher is missing do not count, nor does the luck in them.
+    less = [r for r in both if not (r.seed == 1 and r.tokens == 1_200_000 and r.teacher == f"t{SCALES[0]}")]
+    fewer = replay(less, Race())
+    assert [(len(r.tokens), r.seeds) for r in fewer] == [(2, (0, 1, 2)), (3, (0, 2))]
+    assert fewer[-1].best_loss == pytest.approx(min(moving(scale, 1_200_000) for scale in SCALES))
+
+
+def test_what_one_seed_runs_anyway_is_paid_for_and_the_other_seed_is_raced():
+    largest = list(family().models)[-1]
+    race = {"race": {"share": 0.2}, "seeds": [0, 1]}
+    trials, scales, budgets = setting(grids=[race, {"teachers": [largest], "seeds": [0]}])
+    free = [t for t in trials if t.teacher == largest and t.tokens > budgets[0] and t.seed == 0]
+    assert all(t.race is None for t in free)
+    verdicts = judge(trials, shown(trials, scales, budgets[0]), ())
+    assert {t.name for t in free}.isdisjoint({*verdicts.stopped, *verdicts.held})
+    assert {t.name for t in trials if t.teacher == largest and t.seed and t.race} & verdicts.stopped.keys()
 
 
 def test_trials_know_their_race_and_the_dry_run_says_what_may_be_stopped():

@@ -12,6 +12,7 @@ import pytest
 
 from capgap.demo import demo_spec, pick_teacher, run_demo
 from capgap.errors import StudyError, TrainingError
+from capgap.progress import sharing_the_screen
 from capgap.study import (
     Family,
     Queue,
@@ -85,10 +86,10 @@ def test_of_students_side_by_side_the_one_that_fails_fails_alone(tmp_path, monke
     spec = study(students=[{"scale": "15k"}, {"scale": "20k"}], side_by_side=2, retries=0)
     whole = worker.run_trials
 
-    def broken(family, trials, corpus, folder):
+    def broken(family, trials, corpus, folder, *, quiet):
         if any(trial.student == 1 for trial in trials):
             raise TrainingError("it broke")
-        return whole(family, trials, corpus, folder)
+        return whole(family, trials, corpus, folder, quiet=quiet)
 
     monkeypatch.setattr(worker, "run_trials", broken)
     with pytest.raises(StudyError, match=r"2 trials failed; the others are done(.|\n)*it broke"):
@@ -100,11 +101,11 @@ def test_of_students_side_by_side_the_one_that_fails_fails_alone(tmp_path, monke
 def test_a_failure_that_passes_is_tried_again(tmp_path, monkeypatch):
     whole, calls = worker.run_trials, []
 
-    def broken_once(family, trials, corpus, folder):
+    def broken_once(family, trials, corpus, folder, *, quiet):
         calls.append(trials[0].name)
         if len(calls) == 1:
             raise KeyError("it broke")  # whatever it is
-        return whole(family, trials, corpus, folder)
+        return whole(family, trials, corpus, folder, quiet=quiet)
 
     monkeypatch.setattr(worker, "run_trials", broken_once)
     assert len(run_study(study(retries=1), tmp_path, quiet=True)) == 4
@@ -112,7 +113,7 @@ def test_a_failure_that_passes_is_tried_again(tmp_path, monkeypatch):
 
 
 def test_asked_to_stop_it_hands_its_trials_back(tmp_path, monkeypatch):
-    def stopping(*_):
+    def stopping(*_, quiet):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(30)
 
@@ -123,6 +124,19 @@ def test_asked_to_stop_it_hands_its_trials_back(tmp_path, monkeypatch):
     assert set(states(Queue(tmp_path)).values()) == {"waiting"}
     monkeypatch.setattr(worker, "run_trials", whole)
     assert len(run_study(study(), tmp_path, quiet=True)) == 4
+
+
+def test_a_worker_says_how_far_its_trials_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(worker, "sharing_the_screen", lambda: sharing_the_screen(every=0.0))
+    spec = study(students=[{"scale": "15k"}, {"scale": "20k"}], side_by_side=2)
+    records = run_study(spec, tmp_path)
+    lines = capsys.readouterr().err.splitlines()
+    pretrained = next(r for r in records if r.kind == "pretrain").run
+    assert any(line.startswith(f"{pretrained}: ") and "% CE " in line for line in lines)
+    assert any(line.startswith("s") and " and 1 more: " in line and " KL " in line for line in lines)
+    assert sum(line.startswith("[") and line.endswith(" s") for line in lines) == len(records)
+    run_study(study(students=[{"scale": "15k"}, {"scale": "20k"}, {"scale": "17k"}]), tmp_path, quiet=True)
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.slow

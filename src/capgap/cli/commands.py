@@ -210,12 +210,12 @@ def _second_law_for(records: Path) -> "SecondLaw | None":
 def report(
     records: Annotated[Path, typer.Argument(help="A study's records.jsonl.")],
     output: Annotated[Path, typer.Option(help="The folder for the page and the figures.")] = Path("report"),
+    beside: law.Beside = None,
 ) -> None:
     """Writes the HTML page and PNG figures. Example: capgap report capgap-demo/records.jsonl --output report"""
-    from capgap.records import read
-    from capgap.report import write_report
+    from capgap.report import read_studies, write_report
 
-    print(write_report(read(records), output, title="Capacity gap study").page)
+    print(write_report(read_studies(records, beside or ()), output, title="Capacity gap study").page)
 
 
 def demo(

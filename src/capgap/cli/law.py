@@ -19,11 +19,18 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Fits the law of capacity gap.")
 
 
+Beside = Annotated[
+    list[Path] | None,
+    typer.Option(help="Another study's records.jsonl, compared as a condition; may be given several times."),
+]
+
+
 @app.command("fit")
 def fit(
     table: Annotated[
         Path, typer.Argument(help="A study's records.jsonl; or a .csv, .tsv, .jsonl or .parquet of losses or optima.")
     ],
+    beside: Beside = None,
 ) -> None:
     """Fits the law to a study's records, or to any table.
 
@@ -33,13 +40,11 @@ def fit(
     Example: capgap law fit capgap-demo/records.jsonl
     """
     from capgap.law import LossTable, fit_law, fit_optima, read_table
-    from capgap.report import analyse, analysis_tables, by_budget, law_of, second_lines
+    from capgap.report import analyse, analysis_tables, by_budget, law_of, names_of, read_studies, second_lines
 
     console = Console()
     if is_of_records(table):
-        from capgap.records import read
-
-        records = read(table)
+        records = read_studies(table, beside or ())
         budgets = by_budget(records) or {"": records}
         for name, rows in budgets.items():
             try:
@@ -51,11 +56,13 @@ def fit(
                 console.print(f"At {name} no law: {error}")
                 continue
             _show(console, name if len(budgets) > 1 else "", rows, fitted)
-        for found in analysis_tables(analyse(records)):
+        for found in analysis_tables(analyse(records), names_of(records)):
             console.print(found)
         for line in second_lines(records):
             console.print(line)
         return
+    if beside:
+        raise LawError(f"{table}: --beside compares studies, and this is a table; give their records.jsonl")
     found = read_table(table)
     if isinstance(found, LossTable):
         for name, observations in found.budgets.items():
@@ -70,6 +77,8 @@ def fit(
 
 def is_of_records(path: Path) -> bool:
     """Whether a file is of a study's records, judged by its first line, and whatever claims to be one."""
+    if path.is_dir():
+        return True
     if path.name == "records.jsonl" or not path.is_file() or path.suffix != ".jsonl":
         return path.suffix == ".jsonl"
     with path.open("rb") as file:

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from capgap.cli.law import Beside
+
 if TYPE_CHECKING:
     from capgap.study import StudySpec, Way
 
@@ -146,7 +148,8 @@ def race(
     if not found:
         raise StudyError(f"{records}: no student has all its teachers' records at two budgets, each its own start")
     for one in found:
-        name = " ".join(filter(None, [one.student, one.condition, f"seed {one.seed}"]))
+        seeds = f"seed{'s' * (len(one.seeds) > 1)} {', '.join(map(str, one.seeds))}"
+        name = " ".join(filter(None, [one.student, one.condition, seeds]))
         print(
             f"{name}, {format_count(one.tokens[-1])} tokens: {one.teacher} with {one.loss:.4f} nats per token, "
             f"{100 * one.above:.2f} % above the full grid's best ({one.best_teacher}, {one.best_loss:.4f}), "
@@ -160,14 +163,15 @@ def report(
     output: Annotated[
         Path | None, typer.Option(help="The folder for page and figures; in the study's if none.")
     ] = None,
+    beside: Beside = None,
 ) -> None:
     """Writes the HTML page and PNG figures. Example: capgap study report runs/nano"""
-    from capgap.report import write_report
-    from capgap.study import read_records, read_spec
+    from capgap.report import read_studies, write_report
+    from capgap.study import read_spec
 
     spec = read_spec(folder)
     title = f"Capacity gap study {spec.name or folder.name}"
-    print(write_report(read_records(folder), output or folder / "report", title=title).page)
+    print(write_report(read_studies(folder, beside or ()), output or folder / "report", title=title).page)
 
 
 def _spec(path: Path, overrides: list[str] | None) -> "StudySpec":

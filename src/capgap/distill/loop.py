@@ -158,7 +158,7 @@ def _common(runs: Sequence[Run]) -> Train:
 
 
 def _title(runs: Sequence[Run]) -> str:
-    return runs[0].title if len(runs) == 1 else f"{len(runs)} students"
+    return runs[0].title if len(runs) == 1 else f"{runs[0].title} and {len(runs) - 1} more"
 
 
 def _note(row: dict[str, float], teacher: Teacher | None) -> str:

@@ -65,6 +65,22 @@ class BudgetRoles:
 
 
 @dataclass(frozen=True)
+class ConditionLaw:
+    """The law under a condition at one budget, and that of the paper's way of the same students.
+
+    Attributes:
+        paper: of all its students where the condition has students of its own; None where there is none at this budget.
+        same: whether both are of the same students.
+    """
+
+    condition: str
+    budget: str
+    law: LawFit
+    paper: LawFit | None
+    same: bool
+
+
+@dataclass(frozen=True)
 class Analysis:
     """All that a study's records say of the law.
 
@@ -72,6 +88,7 @@ class Analysis:
         budgets: the laws, from few tokens to many.
         tokens: the law with tokens beside the student's scale; scores: each law's error on scales left out. None and
             empty where there are too few optima.
+        conditions: the laws under them, each beside the paper's way.
         tests: of the hypotheses, with the budget or the condition each is of.
         roles: from few tokens to many.
         notes: why something is not there.
@@ -80,6 +97,7 @@ class Analysis:
     budgets: tuple[BudgetLaw, ...]
     tokens: TokenLaw | None
     scores: tuple[LawScore, ...]
+    conditions: tuple[ConditionLaw, ...]
     tests: tuple[tuple[str, Test], ...]
     roles: tuple[BudgetRoles, ...]
     notes: tuple[str, ...]
@@ -110,11 +128,13 @@ def analyse(records: Sequence[RunRecord]) -> Analysis:
     several = len(budgets) > 1
     tokens = _or_note(lambda: fit_tokens(optima), "No law with tokens", notes) if several else None
     scores = _or_note(lambda: compare_laws(optima), "Laws were not compared", notes) if optima else None
+    conditions = tuple(_conditions(records))
     return Analysis(
         budgets,
         tokens,
         tuple(scores or ()),
-        tuple(_tests(budgets, optima, records, notes)),
+        conditions,
+        tuple(_tests(budgets, optima, conditions, notes)),
         tuple(_roles(records, notes)),
         tuple(notes),
     )
@@ -139,7 +159,10 @@ def _law_of_budget(name: str, records: Sequence[RunRecord], notes: list[str]) ->
 
 
 def _tests(
-    budgets: Sequence[BudgetLaw], optima: Sequence[BudgetOptimum], records: Sequence[RunRecord], notes: list[str]
+    budgets: Sequence[BudgetLaw],
+    optima: Sequence[BudgetOptimum],
+    conditions: Sequence[ConditionLaw],
+    notes: list[str],
 ) -> list[tuple[str, Test]]:
     found: list[tuple[str, Test | None]] = []
     for budget in budgets:
@@ -154,31 +177,47 @@ def _tests(
     if sum(budget.interior > 0 for budget in budgets) > 1:
         grouped = [BudgetOptimum(o.optimum, o.per_parameter, names[o.per_parameter]) for o in optima]
         found.append(("all budgets", _or_note(lambda: constant_ratio(grouped, "groups"), "H3 across budgets", notes)))
-    for condition in dict.fromkeys(r.condition for r in records if r.condition):
-        pair = _beside(condition, records)
+    for condition in dict.fromkeys(law.condition for law in conditions):
+        pair = [
+            BudgetOptimum(row, 1.0, group)
+            for beside in conditions
+            if beside.condition == condition
+            for group, law in ((PAPER, beside.paper), (condition, beside.law))
+            for row in (law.optima if law else ())
+            if row.error
+        ]
         made = _or_note(lambda p=pair: constant_ratio(p, "groups"), f"H3, {condition}", notes)
         found.append((condition, made))
     return [(name, test) for name, test in found if test is not None]
 
 
-def _beside(condition: str, records: Sequence[RunRecord]) -> list[BudgetOptimum]:
-    """Optima under a condition, and the paper's of the same students and budgets (of the same budgets alone, where it
-    has students of its own)."""
+def _conditions(records: Sequence[RunRecord]) -> list[ConditionLaw]:
+    """The laws of each condition and budget, beside the paper's way's of the same students and budget (of all of its
+    students, where the condition has students of its own)."""
     coupled = [r for r in records if is_coupled(r)]
-    other = [r for r in coupled if r.condition == condition]
     name = budget_names(coupled)
-    cells = {(r.student, name[r.run]) for r in other}
-    shared = {r.student for r in other} & {r.student for r in coupled if not r.condition}
-    budgets = {budget for _, budget in cells}
+    plain = [r for r in coupled if not r.condition]
+    cells: dict[tuple[str, str], list[RunRecord]] = {}
+    for r in sorted((r for r in coupled if r.condition), key=lambda r: r.tokens / r.student_scale):
+        cells.setdefault((r.condition, name[r.run]), []).append(r)
     found = []
-    for group, rows in ((PAPER, [r for r in coupled if not r.condition]), (condition, other)):
-        for budget in budgets:
-            mine = [r for r in rows if name[r.run] == budget and (not shared or (r.student, budget) in cells)]
-            plain = [r.model_copy(update={"condition": ""}) for r in mine]
-            enough, _ = fittable(observations_of(plain))
-            law = fit_law(enough, replicates=0) if enough else None
-            found += [BudgetOptimum(row, 1.0, group) for row in (law.optima if law else ()) if row.error]
+    for condition in dict.fromkeys(r.condition for r in coupled if r.condition):
+        known = {r.student for r in coupled if r.condition == condition} & {r.student for r in plain}
+        for (other, budget), rows in cells.items():
+            if other != condition:
+                continue
+            students = {r.student for r in rows}
+            beside = [r for r in plain if name[r.run] == budget and (not known or r.student in students)]
+            law, paper = _quick_law(rows), _quick_law(beside)
+            if law is not None:
+                found.append(ConditionLaw(condition, budget, law, paper, bool(known)))
     return found
+
+
+def _quick_law(records: Sequence[RunRecord]) -> LawFit | None:
+    """Without intervals, and whatever the condition; None where no student has enough teachers."""
+    enough, _ = fittable(observations_of([r.model_copy(update={"condition": ""}) for r in records]))
+    return fit_law(enough, replicates=0) if enough else None
 
 
 def role_runs(records: Sequence[RunRecord], budget: str | None = None) -> list[RunRecord]:

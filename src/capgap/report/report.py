@@ -31,6 +31,7 @@ from capgap.report.rows import (
 )
 from capgap.report.tables import (
     budget_rows,
+    condition_rows,
     hypothesis_rows,
     influence_rows,
     pick_rows,
@@ -178,6 +179,9 @@ def analysis_sections(
     if analysis.tests:
         caption = "H1 and H2: a small p speaks for the hypothesis. H3: a small p speaks against it."
         found.append(Table("Hypotheses of the paper", hypothesis_rows(analysis.tests), caption))
+    if rows := condition_rows(analysis.conditions, names):
+        caption = "Open where the condition has students of its own."
+        found.append(Table("Conditions beside the paper's way", rows, caption))
     if analysis.roles:
         caption = "The best start and teacher of the fitted surface, and the best model for both roles."
         found.append(Table("The roles apart", role_rows(analysis.roles), caption))

@@ -1,11 +1,11 @@
 """The analysis as tables: laws by budget, with tokens, compared; hypotheses, roles, picks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table as TerminalTable
 
-from capgap.law import Estimate, LawFit, LawScore, RoleOptimum, Test, TokenLaw, influence, scale_text
-from capgap.report.analysis import Analysis, BudgetRoles
+from capgap.law import Estimate, LawFit, LawScore, RoleOptimum, StudentOptimum, Test, TokenLaw, influence, scale_text
+from capgap.report.analysis import Analysis, BudgetRoles, ConditionLaw
 from capgap.report.picks import Pick
 from capgap.report.rows import Row
 
@@ -101,6 +101,34 @@ def hypothesis_rows(tests: Sequence[tuple[str, Test]]) -> list[Row]:
     ]
 
 
+def condition_rows(conditions: Sequence[ConditionLaw], names: Mapping[float, str]) -> list[Row]:
+    """One row a condition, budget and student: its optimum, beside the paper's way of the same student."""
+    found = []
+    for law in conditions:
+        plain = {row.student: row for row in law.paper.optima} if law.paper and law.same else {}
+        for row in law.law.optima:
+            other = plain.get(row.student)
+            found.append(
+                {
+                    "condition": law.condition,
+                    "budget": law.budget,
+                    "student": names.get(row.student, scale_text(row.student)),
+                    "T*/S": _optimum(row),
+                    "loss there": f"{row.optimum.loss:.4f}",
+                    "the paper's way": _optimum(other) if other else "",
+                    "its loss": f"{other.optimum.loss:.4f}" if other else "",
+                }
+            )
+    return found
+
+
+def _optimum(row: StudentOptimum) -> str:
+    return f"{_EDGES[row.side]}{row.optimum.teacher / row.student:.2f}"
+
+
+_EDGES = {-1: "at most ", 0: "", 1: "at least "}
+
+
 def role_rows(roles: Sequence[BudgetRoles]) -> list[Row]:
     """One row a budget and student: the best start, teacher, and model for both."""
     return [
@@ -137,8 +165,11 @@ def pick_rows(picks: Sequence[Pick]) -> list[Row]:
     ]
 
 
-def analysis_tables(analysis: Analysis) -> list[TerminalTable]:
-    """What is there of the law with tokens, the comparison of laws, the hypotheses and the roles, for the terminal."""
+def analysis_tables(analysis: Analysis, names: Mapping[float, str]) -> list[TerminalTable]:
+    """What is there beside the laws, for the terminal: the law with tokens, laws compared, conditions, tests, roles.
+
+    `names`: of the students by their scales.
+    """
     tables = {
         "the law with tokens": token_rows(analysis.tokens) if analysis.tokens else [],
         "laws on student scales left out": score_rows(analysis.scores),
@@ -146,6 +177,7 @@ def analysis_tables(analysis: Analysis) -> list[TerminalTable]:
             {head: value for head, value in row.items() if head != "in detail"}
             for row in hypothesis_rows(analysis.tests)
         ],
+        "conditions beside the paper's way": condition_rows(analysis.conditions, names),
         "the roles apart": role_rows(analysis.roles),
     }
     found = []
@@ -161,8 +193,7 @@ def analysis_tables(analysis: Analysis) -> list[TerminalTable]:
 
 
 def _role(found: RoleOptimum, student: float) -> str:
-    edge = {-1: "at most ", 1: "at least "}.get(found.side, "")
-    words = f"{edge}{found.scale / student:.2f}"
+    words = f"{_EDGES[found.side]}{found.scale / student:.2f}"
     if found.side or found.low is None or found.high is None:
         return words
     return f"{words} ({found.low / student:.2f} to {found.high / student:.2f})"

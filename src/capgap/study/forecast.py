@@ -22,13 +22,14 @@ class Point:
     Attributes:
         runner: which teacher, counted from 0.
         tokens: trained on until then.
-        part: points of one part and of equal tokens compare: 0 for the constant learning rate, else the run's tokens.
+        part: points of one part and of equal tokens compare: the seed, and 0 for the constant learning rate, else the
+            run's tokens.
         loss: nats per token.
     """
 
     runner: int
     tokens: int
-    part: int
+    part: tuple[int, int]
     loss: float
 
 

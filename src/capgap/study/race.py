@@ -1,11 +1,13 @@
 """The race of a student's teachers: those that can no longer win are stopped early.
 
-A race is run in heats, its budgets of tokens. After each the loss under every teacher at the largest budget is
-forecast; a teacher is stopped where even an optimistic forecast is worse than the best one, or where the race has no
-FLOPs left for it. All of it is a function of the records, so whoever asks, and when, gets one answer.
+A race is run in heats, its budgets of tokens, each with all of its seeds. After each the loss under every teacher at
+the largest budget is forecast; a teacher is stopped where even an optimistic forecast is worse than the best one, or
+where the race has no FLOPs left for it. All of it is a function of the records, so whoever asks, and when, gets one
+answer.
 """
 
 import math
+import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,7 +56,7 @@ def may_be_stopped(trials: Sequence[Trial]) -> set[str]:
 def _key(trial: Trial, race: Raced) -> object:
     """What the trials of one race have in common; trials that are not stopped may run in it too."""
     start = ("teacher" if trial.start == trial.teacher else None) if race.coupled else ("start", trial.start)
-    same = trial.student, trial.seed, trial.condition, repr(trial.distill), repr(trial.prune)
+    same = trial.student, trial.condition, repr(trial.distill), repr(trial.prune)
     return *same, start, race.model_dump_json()
 
 
@@ -94,14 +96,15 @@ class _Heats:
 
     def _after(self, tokens: int, further: int, out: Mapping[str | None, str]) -> dict[str | None, str]:
         """Who is out after the heat of `tokens`, and why; `out` are those that were before."""
-        ran = {t.teacher: self.records[t.name] for t in self._of(tokens) if t.name in self.records}
+        heat, missed = self._of(tokens), {t.teacher for t in self._of(tokens) if t.name not in self.records}
+        ran = {t.teacher for t in heat} - missed
         now = {teacher: why for teacher, why in out.items() if teacher not in ran}
-        for trial in self._of(tokens):
+        for trial in heat:
             if trial.name in self.failed and trial.teacher not in now:
                 now[trial.teacher] = f"its run of {format_count(tokens)} tokens failed"
         return {**now, **self._stopped(tokens, further, ran)}
 
-    def _stopped(self, tokens: int, further: int, ran: Mapping[str | None, RunRecord]) -> dict[str | None, str]:
+    def _stopped(self, tokens: int, further: int, ran: Collection[str | None]) -> dict[str | None, str]:
         """Those of the teachers that ran the heat of `tokens` that do not run the next, of `further`."""
         order = sorted(self.scales, key=lambda teacher: (self.scales[teacher], teacher or ""))
         scales = tuple(float(self.scales[teacher]) for teacher in order)
@@ -112,13 +115,17 @@ class _Heats:
         above_N, error_N = seen.above(order.index(best))
         above = {teacher: float(above_N[order.index(teacher)]) for teacher in ran}
         error = {teacher: float(error_N[order.index(teacher)]) for teacher in ran}
-        margin = self.race.tolerance * min(record.loss for record in ran.values())
+        losses = self._mean_losses(tokens)
+        margin = self.race.tolerance * min(losses[teacher] for teacher in ran)
         hopeful = [teacher for teacher in ran if above[teacher] - OPTIMISM * error[teacher] <= margin]
 
-        cost = {trial.teacher: self._flops(trial) for trial in self._of(further)}
-        anyway = {trial.teacher for trial in self._of(further) if not trial.race}
+        cost: dict[str | None, float] = {}
+        for trial in self._of(further):
+            cost[trial.teacher] = cost.get(trial.teacher, 0.0) + (self._flops(trial) if trial.race else 0.0)
+        anyway = {trial.teacher for trial in self._of(further)}
+        anyway -= {trial.teacher for trial in self._of(further) if trial.race}
         allowance = self._left(tokens) / sum(budget > tokens for budget in self.budgets)
-        allowance -= math.fsum(cost[teacher] for teacher in anyway)
+        allowance -= math.fsum(self._flops(trial) for trial in self._of(further) if not trial.race)
         kept = set(anyway)
         for teacher in sorted(hopeful, key=lambda teacher: (above[teacher], self.scales[teacher])):
             if teacher not in kept and cost.get(teacher, 0.0) <= allowance:
@@ -128,7 +135,7 @@ class _Heats:
             kept.add(best)  # nobody can be paid for: somebody must arrive
         when = f"after {format_count(tokens)} tokens its loss at {format_count(self.target)} is forecast"
         reasons = {}
-        for teacher in ran.keys() - kept:
+        for teacher in set(ran) - kept:
             reasons[teacher] = f"{when} {above[teacher]:.4f} ± {error[teacher]:.4f} nats above that of {best}"
             if teacher in hopeful:
                 share = f"{100 * self.race.share:g} % of the grid's FLOPs"
@@ -137,16 +144,26 @@ class _Heats:
                     reasons[teacher] = f"{when} to be the lowest, but it would take the race over {share}"
         return reasons
 
+    def _mean_losses(self, tokens: int) -> dict[str | None, float]:
+        """The loss of each teacher that ran a heat with all of its seeds, nats per token, their mean."""
+        found: dict[str | None, list[float]] = {}
+        heat = self._of(tokens)
+        missed = {trial.teacher for trial in heat if trial.name not in self.records}
+        for trial in heat:
+            if trial.teacher not in missed:
+                found.setdefault(trial.teacher, []).append(self.records[trial.name].loss)
+        return {teacher: statistics.fmean(losses) for teacher, losses in found.items()}
+
     def _points(self, order: Sequence[str | None], tokens: int) -> tuple[Point, ...]:
         """All that was measured up to the heat of `tokens`, once each: a run brings those of its trunk."""
-        found: dict[tuple[int, int, int], Point] = {}
+        found: dict[Any, Point] = {}
         for trial in sorted(self.trials, key=lambda trial: (trial.tokens, trial.name)):
             record = self.records.get(trial.name)
             if record is None or trial.tokens > tokens:
                 continue
             for row in record.curve or [{"tokens": record.tokens, "loss": record.loss}]:
                 if "loss" in row and row["tokens"] > 0:
-                    part = 0 if _at_full_rate(row, record.recipe) else record.tokens
+                    part = trial.seed, 0 if _at_full_rate(row, record.recipe) else record.tokens
                     point = Point(order.index(trial.teacher), int(row["tokens"]), part, row["loss"])
                     found.setdefault((point.runner, point.part, point.tokens), point)
         return tuple(found.values())
@@ -179,16 +196,16 @@ class Replayed:
     """What a race would have come to, beside the full grid that was run.
 
     Attributes:
-        student, condition, seed: whose race; tokens: its heats.
+        student, condition: whose race; seeds: of the longest heat; tokens: its heats.
         heats: the teachers that ran each.
-        teacher, loss: the winner, the lowest at the largest budget; nats per token.
+        teacher, loss: the winner, the lowest at the largest budget; nats per token, the mean over its seeds.
         best_teacher, best_loss: of the full grid.
         share: of the full grid's FLOPs that the race took, the pretraining of teachers aside.
     """
 
     student: str
     condition: str
-    seed: int
+    seeds: tuple[int, ...]
     tokens: tuple[int, ...]
     heats: tuple[tuple[str, ...], ...]
     teacher: str
@@ -206,21 +223,22 @@ class Replayed:
 def replay(records: Sequence[RunRecord], race: Race | None = None) -> list[Replayed]:
     """Races on the records of full grids, with nothing shown before it would have been run.
 
-    One for each student, condition and seed whose teachers are each their own start, and for each two or more budgets
-    that all its teachers were run at: the longest of them, and each shorter one in its place.
+    One for each student and condition whose teachers are each their own start, and for each two or more budgets that
+    all its teachers were run at: the longest of them, and each shorter one in its place. Of a budget those seeds count
+    with which all teachers were run.
     """
     coupled = [record for record in records if record.kind == "distill" and record.start == record.teacher]
     found = []
-    for group in dict.fromkeys((r.student_scale, r.student, r.condition, r.seed) for r in sorted(coupled, key=_place)):
-        mine = [r for r in coupled if (r.student_scale, r.student, r.condition, r.seed) == group]
+    for group in dict.fromkeys((r.student_scale, r.student, r.condition) for r in sorted(coupled, key=_place)):
+        mine = [r for r in coupled if (r.student_scale, r.student, r.condition) == group]
         teachers = {r.teacher for r in mine}
-        budgets = [
-            tokens
+        heats = [
+            heat
             for tokens in sorted({r.tokens for r in mine})
-            if {r.teacher for r in mine if r.tokens == tokens} == teachers
+            if (heat := _full(teachers, [r for r in mine if r.tokens == tokens]))
         ]
-        for last in range(1, len(budgets) if len(teachers) > 1 else 0):
-            found.append(_replayed([r for r in mine if r.tokens in budgets[: last + 1]], race or Race()))
+        for last in range(1, len(heats) if len(teachers) > 1 else 0):
+            found.append(_replayed(heats[: last + 1], race or Race()))
     return found
 
 
@@ -228,30 +246,36 @@ def _place(record: RunRecord) -> tuple[int, str, str, int]:
     return record.student_scale, record.student, record.condition, record.seed
 
 
-def _replayed(records: Sequence[RunRecord], race: Race) -> Replayed:
+def _full(teachers: Collection[str | None], records: Sequence[RunRecord]) -> list[RunRecord]:
+    """Those of the seeds with which all teachers were run."""
+    ran = {seed: {r.teacher for r in records if r.seed == seed} for seed in {r.seed for r in records}}
+    return [r for r in records if ran[r.seed] == teachers]
+
+
+def _replayed(grid: Sequence[Sequence[RunRecord]], race: Race) -> Replayed:
+    """`grid`: the records of each heat."""
+    records = [record for heat in grid for record in heat]
+    by_name = {record.run: record for record in records}
+    raced = Raced(**race.model_dump(), coupled=True)
+    # A trunk is whatever run of the grid spared the tokens that the record says.
+    names = {(r.teacher, r.seed, r.tokens): r.run for r in records}
+    budgets = [heat[0].tokens for heat in grid]
     trials = [
         Trial(
-            name=record.run,
+            name=r.run,
             kind="distill",
             student=0,
-            start=record.start,
-            teacher=record.teacher,
-            seed=record.seed,
-            tokens=record.tokens,
-            race=Raced(**race.model_dump(), coupled=True),
+            start=r.start,
+            teacher=r.teacher,
+            seed=r.seed,
+            tokens=r.tokens,
+            trunk=trunk if r.tokens_taken_over else None,
+            taken_over=r.tokens_taken_over if trunk else 0,
+            race=raced,
         )
-        for record in records
+        for r in records
+        for trunk in [_trunk(r, names, budgets)]
     ]
-    by_name = {record.run: record for record in records}
-    # A trunk is whatever run of the grid spared the tokens that the record says.
-    names = {(record.teacher, record.tokens): record.run for record in records}
-    budgets = sorted({record.tokens for record in records})
-    for index, trial in enumerate(trials):
-        shorter = [tokens for tokens in budgets if tokens < trial.tokens]
-        if by_name[trial.name].tokens_taken_over and shorter:
-            trunk = names[trial.teacher, shorter[-1]]
-            over = by_name[trial.name].tokens_taken_over
-            trials[index] = trial.model_copy(update={"trunk": trunk, "taken_over": over})
     shown: dict[str, RunRecord] = {}
     while True:
         verdicts = judge(trials, shown, ())
@@ -259,18 +283,35 @@ def _replayed(records: Sequence[RunRecord], race: Race) -> Replayed:
         if not runs:
             break
         shown |= {name: by_name[name] for name in runs}
-    first, best = records[0], min((r for r in records if r.tokens == budgets[-1]), key=lambda r: r.loss)
-    winner = min((r for r in shown.values() if r.tokens == budgets[-1]), key=lambda r: r.loss)
-    ran = [sorted((r for r in shown.values() if r.tokens == b), key=lambda r: r.teacher_scale or 0) for b in budgets]
+    ran = [[r for r in heat if r.run in shown] for heat in grid]
+    (best, best_loss), (winner, loss) = _lowest(grid[-1]), _lowest(ran[-1])
+    first = records[0]
     return Replayed(
         student=first.student,
         condition=first.condition,
-        seed=first.seed,
+        seeds=tuple(sorted({r.seed for r in grid[-1]})),
         tokens=tuple(budgets),
-        heats=tuple(tuple(str(r.teacher) for r in heat) for heat in ran),
-        teacher=str(winner.teacher),
-        loss=winner.loss,
-        best_teacher=str(best.teacher),
-        best_loss=best.loss,
+        heats=tuple(tuple(_by_scale(heat)) for heat in ran),
+        teacher=winner,
+        loss=loss,
+        best_teacher=best,
+        best_loss=best_loss,
         share=math.fsum(r.flops_spent for r in shown.values()) / math.fsum(r.flops_spent for r in records),
     )
+
+
+def _trunk(record: RunRecord, names: Mapping[Any, str], budgets: Sequence[int]) -> str | None:
+    """The run of the same teacher and seed with the most tokens that are fewer, if there is one."""
+    known = [names.get((record.teacher, record.seed, tokens)) for tokens in budgets if tokens < record.tokens]
+    return next((name for name in reversed(known) if name), None)
+
+
+def _lowest(heat: Sequence[RunRecord]) -> tuple[str, float]:
+    """The teacher with the lowest mean loss, and that; nats per token."""
+    losses = {name: statistics.fmean(r.loss for r in heat if r.teacher == name) for name in _by_scale(heat)}
+    return min(losses.items(), key=lambda item: item[1])
+
+
+def _by_scale(heat: Sequence[RunRecord]) -> list[str]:
+    """The names of its teachers, from small to large."""
+    return list(dict.fromkeys(str(r.teacher) for r in sorted(heat, key=lambda r: r.teacher_scale or 0)))

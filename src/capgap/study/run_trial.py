@@ -62,15 +62,18 @@ def _sample(spec: StudySpec, characters: int = 5_000_000) -> Iterator[str]:
                 return
 
 
-def run_trials(family: Family, trials: Sequence[Trial], corpus: Corpus, folder: Path) -> list[RunRecord]:
+def run_trials(
+    family: Family, trials: Sequence[Trial], corpus: Corpus, folder: Path, *, quiet: bool = False
+) -> list[RunRecord]:
     """Runs trials side by side, each in `folder/runs/NAME`; several must share teacher, seed and kind."""
-    records = train_stages([_training(family, trial, corpus, folder) for trial in trials], corpus, quiet=True)
+    trainings = [_training(family, trial, corpus, folder, quiet=quiet) for trial in trials]
+    records = train_stages(trainings, corpus, quiet=quiet)
     for trial in trials if distill.is_first_process() else ():  # what is done needs no checkpoints; the branch stays
         shutil.rmtree(folder / RUNS / trial.name / "checkpoints", ignore_errors=True)
     return records
 
 
-def _training(family: Family, trial: Trial, corpus: Corpus, folder: Path) -> Training:
+def _training(family: Family, trial: Trial, corpus: Corpus, folder: Path, *, quiet: bool) -> Training:
     place, settings = folder / RUNS / trial.name, training_of(family, trial)
     if trial.kind == "pretrain":
         assert trial.member is not None
@@ -82,7 +85,7 @@ def _training(family: Family, trial: Trial, corpus: Corpus, folder: Path) -> Tra
     assert trial.student is not None
     start = family.models[trial.start] if trial.start else None
     teacher = family.models[trial.teacher] if trial.teacher else None
-    initial = family.config(trial.student) if start is None else _cut(family, trial, corpus, folder)
+    initial = family.config(trial.student) if start is None else _cut(family, trial, corpus, folder, quiet=quiet)
     return Training(
         trial.name,
         trial.kind,
@@ -99,7 +102,7 @@ def _training(family: Family, trial: Trial, corpus: Corpus, folder: Path) -> Tra
     )
 
 
-def _cut(family: Family, trial: Trial, corpus: Corpus, folder: Path) -> Path:
+def _cut(family: Family, trial: Trial, corpus: Corpus, folder: Path, *, quiet: bool) -> Path:
     """The student cut out of its start; all trials of both share it, and all students of a start share its scores."""
     assert trial.student is not None
     assert trial.start is not None
@@ -110,7 +113,7 @@ def _cut(family: Family, trial: Trial, corpus: Corpus, folder: Path) -> Path:
         name, scores = f"{name}-{trial.condition}", f"{scores}-{trial.condition}"
     training = training_of(family, trial)
     shape, place = family.shape(trial.student, start), folder / "pruned" / name
-    more = {"scores": folder / "scores" / scores, "parallel": training, "quiet": True}
+    more = {"scores": folder / "scores" / scores, "parallel": training, "quiet": quiet}
 
     def work() -> Path:
         return prune_stage(start.folder(folder), shape, settings, corpus, place, **more)

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from capgap.errors import StudyError
 from capgap.pipeline import Corpus
-from capgap.progress import say
+from capgap.progress import say, sharing_the_screen
 from capgap.records import RunRecord
 from capgap.study.family import Family
 from capgap.study.folder import check_place, identity, own, read_spec
@@ -197,7 +197,7 @@ def work_through(spec: StudySpec, folder: Path, way: Way = Way(), *, quiet: bool
     """Claims and runs trials until none is left. Raises StudyStopped on SIGINT or SIGTERM, after a checkpoint."""
     family, queue = Family(spec), way.queue(folder, spec)
     corpus = open_study_corpus(spec, folder, quiet=True)
-    with asked_to_stop():
+    with asked_to_stop(), sharing_the_screen():
         while queue.unfinished():
             if (now := read_spec(folder)) != spec:  # trials joined meanwhile
                 spec, family = now, Family(now)
@@ -207,7 +207,7 @@ def work_through(spec: StudySpec, folder: Path, way: Way = Way(), *, quiet: bool
                 continue
             with queue.alive(claims) as heart:
                 try:
-                    for claim, outcome in _outcomes(family, claims, corpus, folder, way):
+                    for claim, outcome in _outcomes(family, claims, corpus, folder, way, quiet=quiet):
                         heart.release(claim.number)
                         _settle(queue, claim, outcome, quiet)
                 except KeyboardInterrupt:
@@ -233,7 +233,7 @@ def _settle(queue: Queue, claim: Claim, outcome: RunRecord | Exception, quiet: b
 
 
 def _outcomes(
-    family: Family, claims: Sequence[Claim], corpus: Corpus, folder: Path, way: Way
+    family: Family, claims: Sequence[Claim], corpus: Corpus, folder: Path, way: Way, *, quiet: bool
 ) -> Iterator[tuple[Claim, RunRecord | Exception]]:
     """Each trial with its record, or with why it failed: trials that fail side by side go on alone."""
     trials = [claim.trial for claim in claims]
@@ -241,13 +241,13 @@ def _outcomes(
         if way.processes > 1:
             records = run_on_devices(trials, folder, way.processes)
         else:
-            records = run_trials(family, trials, corpus, folder)
+            records = run_trials(family, trials, corpus, folder, quiet=quiet)
     except Exception as error:  # whatever it is, it is reported, and the other trials go on
         if len(claims) == 1:
             yield claims[0], error
         else:
             for one in claims:
-                yield from _outcomes(family, [one], corpus, folder, way)
+                yield from _outcomes(family, [one], corpus, folder, way, quiet=quiet)
     else:
         yield from zip(claims, records, strict=True)
 
