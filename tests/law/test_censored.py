@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import minimize
+from scipy.optimize import minimize, minimize_scalar
 from scipy.stats import norm
 
 from capgap.law.censored import FORMS, Curve, find_scatter, fit_curve, misfit
@@ -107,10 +107,60 @@ def test_the_scatter_makes_residuals_what_they_should_be():
     rng = np.random.default_rng(5)
     curve = Curve("power", STUDENTS, np.empty((6, 0)))
     y = np.log(2.5 * STUDENTS) + rng.normal(0, 0.5, 6)
-    scatter = find_scatter(curve, y, np.zeros(6), ERRORS)
-    error = np.hypot(ERRORS, scatter)
-    k, c = np.polyfit(np.log(STUDENTS), y, 1, w=1 / error)
+    scatter = find_scatter(curve, y, np.zeros(6), np.full(6, 0.1))
+    error = np.hypot(0.1, scatter)
+    k, c = np.polyfit(np.log(STUDENTS), y, 1)
     assert np.sum(((y - k * np.log(STUDENTS) - c) / error) ** 2) == pytest.approx(6 - 2, abs=0.02)
+
+
+def test_the_scatter_has_the_highest_restricted_likelihood():
+    """Bounds included: worked out with scipy's normal and its own minimiser."""
+    y, side = optima(3)
+    which = next(r for r in range(len(y)) if {-1, 1} <= set(side[r]))
+    y, side = y[which] + np.random.default_rng(1).normal(0, 0.4, 6) * (side[which] == 0), side[which]
+    inside = side == 0
+
+    def restricted(scatter):
+        errors = np.hypot(ERRORS, scatter)
+
+        def value(p):
+            return cost(mean_of("power", p, STUDENTS), y, side, errors)
+
+        best = minimize(value, [y[0], 1.0], method="Nelder-Mead", options={"xatol": 1e-8, "fatol": 1e-11})
+        return best.fun + (inside.sum() - 2) / inside.sum() * np.log(errors[inside]).sum()
+
+    found = find_scatter(Curve("power", STUDENTS, np.empty((6, 0))), y, side, ERRORS)
+    expected = minimize_scalar(restricted, bounds=(1e-4, 1), method="bounded", options={"xatol": 1e-4}).x
+    assert found > 0.05
+    assert found == pytest.approx(expected, abs=0.01)
+
+
+def test_bounds_tell_of_scatter_only_where_they_contradict():
+    curve = Curve("ratio", STUDENTS[:5], np.empty((5, 0)))
+    y, side = np.log([1.35, 1.27, 1.3, 1.31, 1.35]) + np.log(STUDENTS[:5]), np.array([-1, -1, -1, -1, 0])
+    assert find_scatter(curve, y, side, np.full(5, 0.1)) == 0
+    y[-1] += 1.5
+    assert find_scatter(curve, y, side, np.full(5, 0.1)) > 0.3
+
+
+def test_between_a_bound_and_a_floor_the_probability_is_that_of_both():
+    students = STUDENTS[:4]
+    y, side = np.log(1.3 * students), np.array([-1.0, -1.0, 1.0, 0.0])
+    floors = np.log(students)
+    curve = Curve("ratio", students, np.empty((4, 0)), floors)
+    for ratio in (0.5, 1.1, 1.3, 2.0, 5.0):
+        theta = np.log([[ratio]])
+        a, b = (floors - np.log(ratio * students)) / ERRORS[:4], (y - np.log(ratio * students)) / ERRORS[:4]
+        expected = -np.log(norm.cdf(b) - norm.cdf(a))[:2].sum() - norm.logsf(b[2]) + b[3] ** 2 / 2
+        if np.isfinite(expected):
+            assert misfit(curve, theta, y, side, ERRORS[:4])[0] == pytest.approx(expected, rel=1e-6)
+        # Far out in both tails it stays finite, and falls towards the interval.
+        assert np.isfinite(misfit(curve, theta * 100, y, side, ERRORS[:4])).all()
+    # Between floor and bound alone, the middle is likeliest: of equal intervals, the very middle.
+    alone = Curve("ratio", students[:2], np.empty((2, 0)), floors[:2])
+    found = fit_curve(alone, y[None, :2], side[:2], np.full(2, 0.1))
+    assert np.exp(found[0, 0]) == pytest.approx(np.sqrt(1.3), rel=1e-6)
+    assert fit_curve(alone, y[None, :2] + 30, side[:2], np.full(2, 0.1))[0, 0] > 1
 
 
 def test_there_is_no_scatter_where_errors_explain_everything():

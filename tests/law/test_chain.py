@@ -51,7 +51,39 @@ def test_further_columns_are_fitted_beside():
 
 
 def test_few_optima_and_no_losses_leave_no_replicates():
-    few = optima().only(np.arange(6) < 3)
+    few = optima().only(np.arange(6) < 2)
     fitted = chain(few).fit("line")
     assert fitted.drawn is None
     assert fitted.estimate(lambda f: f.line()[0]).low is None
+
+
+@pytest.mark.parametrize(("count", "least", "most"), [(3, 0.96, 1.0), (5, 0.9, 0.99)])
+def test_intervals_and_p_values_know_of_scatter_however_few_the_optima(count, least, most):
+    """Optima that scatter by 0.3 about T* = 2.5 S: the exponent's interval covers 1, and 1 is seldom refused."""
+    covered, refused = [], []
+    for i in range(120):
+        rng, students = np.random.default_rng(i), np.geomspace(2e4, 3e5, count)
+        logs = np.log(2.5 * students) + rng.normal(0, np.hypot(0.3, 0.1), count)
+        found = Optima(students, logs, np.zeros(count), np.full(count, 0.1), np.stack([logs - 3, logs + 3], axis=1))
+        fitted = chain(found, 400).fit("power")
+        exponent = fitted.estimate(lambda f: f.theta_RK[:, 1])
+        covered.append(exponent.low <= 1 <= exponent.high)
+        refused.append(fitted.p_value(1.0) < 0.05)
+    assert least <= np.mean(covered) <= most
+    assert np.mean(refused) < 0.12
+
+
+def test_bounds_that_say_nothing_widen_no_interval():
+    found = optima(scatter=0, errors=0.2)
+    far = Optima(
+        np.append(found.students, STUDENTS[:3]),
+        np.append(found.logs, np.log(0.1 * STUDENTS[:3])),
+        np.append(found.sides, [1, 1, 1]),
+        np.append(found.errors, [0.2] * 3),
+        np.concatenate([found.edges, np.log([[0.05, 0.1]]) + np.log(STUDENTS[:3, None])]),
+    )
+    widths = []
+    for one in (found, far):
+        exponent = chain(one, 20000).fit("power").estimate(lambda f: f.theta_RK[:, 1])
+        widths.append(exponent.high - exponent.low)
+    assert widths[1] == pytest.approx(widths[0], rel=0.1)

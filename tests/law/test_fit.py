@@ -197,8 +197,9 @@ def test_one_optimum_gives_a_ratio():
 
 def test_a_bound_that_contradicts_makes_the_ratio_unsure():
     law = fit_law([*noisy(students=STUDENTS[:1], seeds=2), *slanted()])  # 2.2 S, and at least 6 S
-    assert law.scatter == 1.0
+    assert law.scatter > 0.8
     assert 2.2 < law.ratio.value < 12
+    assert law.ratio.high > 3 * law.ratio.low
     at = law.predict(60e3)
     assert at.high > 8 * at.low
 

@@ -23,7 +23,7 @@ def losses(bend=0.08, slope=0.0, sigma=0.003, seeds=2, seed=0, students=STUDENTS
 
 
 def measured(rows, group=""):
-    return [BudgetOptimum(row, group=group) for row in fit_law(rows).optima]
+    return [BudgetOptimum(row, group=group) for row in fit_law(rows, replicates=0).optima]
 
 
 def test_the_teachers_f_test_is_that_of_statsmodels():
@@ -82,8 +82,11 @@ def test_no_degrees_of_freedom_is_said():
 
 
 def test_one_ratio_for_all_is_not_refused_and_two_are():
-    ps = [constant_ratio(measured(losses(seed=i)), draws=200).p for i in range(120)]
-    assert 0.01 <= np.mean(np.array(ps) < 0.05) <= 0.12
+    for seeds, students in ((2, STUDENTS), (1, STUDENTS), (1, STUDENTS[:2])):
+        made = [losses(seed=i, seeds=seeds, students=students) for i in range(100)]
+        ps = np.array([constant_ratio(measured(rows), draws=200).p for rows in made])
+        assert np.mean(ps < 0.05) <= 0.12
+        assert 0.06 <= np.mean(ps < 0.2) <= 0.35
     apart = measured(losses(students=STUDENTS[:2])) + measured(losses(students=[480e3], ratio=6.0, seed=1))
     found = constant_ratio(apart)
     assert found.p < 0.01
@@ -98,6 +101,28 @@ def test_groups_are_compared():
     assert found.details[0].startswith("paper: T*/S = 2.5")
     assert found.details[1].startswith("depth: T*/S = 3.")
     assert constant_ratio([*one, *measured(losses(seed=5), "again")], "groups").p > 0.02
+
+
+def test_bounds_alone_may_refuse_one_ratio():
+    """Two students at 2.5 S, one whose best teacher is at most its smallest, 1.2 S."""
+    inside = measured(losses(students=STUDENTS[:2]))
+    grid = [1.2, 2.0, 3.5, 6.0]
+
+    def third(bend):
+        rows = [
+            Observation(240e3, 240e3 * f, 4 + bend * math.log(f / 1.2) + 0.001 * k, k) for f in grid for k in (0, 1)
+        ]
+        (row,) = fit_law([*losses(students=STUDENTS[:2]), *rows], replicates=0).optima[2:]
+        return BudgetOptimum(row)
+
+    assert third(0.1).optimum.side == -1
+    found = constant_ratio([*inside, third(0.1)])
+    assert found.p < 0.05
+    assert found.details[2] == "240k: bounds only"
+    assert "factor 1.0" in found.effect  # of those inside their grids
+    # At least its largest, 6 S, contradicts as well; among the others alone there is nothing.
+    assert constant_ratio([*inside, third(-0.1)]).p < 0.05
+    assert constant_ratio(inside).p > 0.05
 
 
 def test_too_little_to_compare_is_said():

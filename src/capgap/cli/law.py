@@ -46,6 +46,7 @@ def fit(
     if is_of_records(table):
         records = read_studies(table, beside or ())
         budgets = by_budget(records) or {"": records}
+        failed = []
         for name, rows in budgets.items():
             try:
                 with _naming(table):
@@ -54,12 +55,18 @@ def fit(
                 if len(budgets) == 1:
                     raise
                 console.print(f"At {name} no law: {error}")
+                failed.append(name)
                 continue
             _show(console, name if len(budgets) > 1 else "", rows, fitted)
-        for found in analysis_tables(analyse(records), names_of(records)):
+        analysis = analyse(records)
+        for found in analysis_tables(analysis, names_of(records)):
             console.print(found)
+        for note in analysis.notes:
+            console.print(note, markup=False)
         for line in second_lines(records):
             console.print(line)
+        if len(failed) == len(budgets):
+            raise LawError(f"{table}: no law could be fitted at any of {len(budgets)} budgets; above it says why")
         return
     if beside:
         raise LawError(f"{table}: --beside compares studies, and this is a table; give their records.jsonl")

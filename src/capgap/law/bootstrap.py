@@ -63,25 +63,30 @@ class Noise:
 
 
 def noise_of(points: Sequence[StudentPoints], optima: Sequence[Optimum]) -> Noise:
-    """Pools the noise over students, censored ones too: their parabolas measure it as well.
+    """Pools the noise over students: seeds' over all, that about the parabolas over those whose optimum is inside.
+
+    What a censored student's losses have that is no parabola tells nothing of where the others' optima lie; only where
+    no optimum is inside, or none of them has more than three teachers, all students' scatter is taken.
 
     Seed means scatter about a parabola for two reasons, seeds and a shape that is not quite a parabola. Seeds
     are drawn separately, so their part is taken out of the scatter (two-level bootstrap, Davison and Hinkley
     1997, section 3.8): the variance used is the larger of what the parabolas and what the seeds say.
     """
+    telling = [(at, optimum) for at, optimum in zip(points, optima, strict=True) if len(at.teachers) > 3]
+    telling = [(at, optimum) for at, optimum in telling if optimum.censored is None] or telling
     scaled = []
-    for at, optimum in zip(points, optima, strict=True):
+    for at, optimum in telling:
         n = len(at.teachers)
-        if n > 3:
-            scaled.append((at.means - optimum.curve(at.teachers)) * np.sqrt(n / (n - 3)))
+        scaled.append((at.means - optimum.curve(at.teachers)) * np.sqrt(n / (n - 3)))
     scatter = np.concatenate(scaled) if scaled else np.empty(0)
     scatter = scatter - scatter.mean() if len(scatter) else scatter
     seeds = np.concatenate([at.deviations for at in points])
     if len(scatter) and len(seeds):
-        explained = (seeds**2).mean() * np.concatenate([1 / at.counts for at in points]).mean()
+        explained = (seeds**2).mean() * np.concatenate([1 / at.counts for at, _ in telling]).mean()
         total = (scatter**2).mean()
         scatter = scatter * np.sqrt(max(0.0, 1 - explained / total)) if total > 0 else scatter
-    degrees = sum(len(at.teachers) - 3 + int(at.counts.sum()) - len(at.teachers) for at in points)
+    degrees = sum(len(at.teachers) - 3 for at, _ in telling)
+    degrees += sum(int(at.counts.sum()) - len(at.teachers) for at in points)
     return Noise(scatter, seeds, degrees)
 
 
@@ -128,7 +133,6 @@ def resample_optima(
 ) -> Draws:
     """Draws new losses around each parabola, fits it anew, and finds its optimum by the rule of `find_optimum`."""
     logs_RN, sides_RN = np.empty((replicates, len(points))), np.zeros((replicates, len(points)))
-    edges_N2 = np.log([[at.teachers[0], at.teachers[-1]] for at in points])
     for n, (at, optimum) in enumerate(zip(points, optima, strict=True)):
         x_C = np.log(at.teachers / optimum.reference)
         # Drawing noise alone and adding the parabola afterwards keeps digits.
@@ -139,10 +143,12 @@ def resample_optima(
             vertex = -c1 / (2 * c2)
         means_RC = noise_RC + optimum.curve(at.teachers)
         lowest = means_RC.argmin(axis=1)
-        inside = (c2 > 0) & (vertex >= x_C[0]) & (vertex <= x_C[-1]) & (lowest > 0) & (lowest < len(x_C) - 1)
+        within = (lowest > 0) & (lowest < len(x_C) - 1)
+        inside = (c2 > 0) & (vertex >= x_C[0]) & (vertex <= x_C[-1]) & within
         side = np.where(means_RC[:, 0] <= means_RC[:, -1], -1, 1)
         sides_RN[:, n] = np.where(inside, 0, side)
-        edge = np.where(side < 0, edges_N2[n, 0], edges_N2[n, 1])
+        bound = np.where(side < 0, np.where(within, lowest + 1, 0), np.where(within, lowest - 1, len(x_C) - 1))
+        edge = np.log(at.teachers)[bound]
         logs_RN[:, n] = np.where(inside, np.log(optimum.reference) + vertex, edge)
     return Draws(logs_RN, sides_RN)
 

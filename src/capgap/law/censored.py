@@ -1,7 +1,9 @@
 """Curves through optima of which some are known only to lie beyond an edge: maximum likelihood, many at a time.
 
 An optimum's logarithm is taken to be normal about the curve, as the vertex of a parabola in ln T is. One that is
-censored at its grid's edge enters with the probability of lying beyond it (Tobin 1958), never as a point.
+censored at its grid's edge enters with the probability of lying beyond it (Tobin 1958), never as a point. Where nothing
+can lie below a floor, as no teacher is smaller than the student that is cut from it, that is the probability of lying
+between the two.
 """
 
 from dataclasses import dataclass
@@ -16,6 +18,9 @@ Form = Literal["ratio", "power", "line"]
 FORMS: tuple[Form, ...] = ("line", "ratio", "power")
 LOW, INSIDE, HIGH = -1, 0, 1
 _STEPS = 60
+_DAMPED = 1e9
+_LARGEST = 300.0
+"""Of ln (phi / P), so that squares stay finite."""
 _SCATTERS = 48
 _MOST = 1.0
 """The largest scatter that is told apart: a factor e. More would only say that optima and bounds contradict."""
@@ -33,11 +38,14 @@ class Curve:
         form: which of them.
         students: parameters, [N].
         more: further columns, [N, M].
+        floors: ln of the least that each T* can be, -inf where there is no such bound, [N]; None for no bounds. It
+            counts where an optimum is at most some scale.
     """
 
     form: Form
     students: Floats
     more: Floats
+    floors: Floats | None = None
 
     @property
     def size(self) -> int:
@@ -103,9 +111,10 @@ def fit_curve(curve: Curve, y_RN: Floats, side_RN: Floats, error_RN: Floats) -> 
     theta = curve.begin(y_RN)
     damping = np.full(len(theta), 1e-3)
     mean, jacobian = curve.at(theta)
-    value = _misfit(y_RN, mean, side_RN, error_RN)
+    floor_N = curve.floors
+    value = _misfit(y_RN, mean, side_RN, error_RN, floor_N)
     for _ in range(_STEPS):
-        slope, bend = _derivatives(y_RN, mean, side_RN, error_RN)
+        slope, bend = _derivatives(y_RN, mean, side_RN, error_RN, floor_N)
         gradient = np.einsum("rnk,rn->rk", jacobian, slope)
         hessian = np.einsum("rnk,rn,rnl->rkl", jacobian, bend, jacobian)
         size = np.maximum(np.einsum("rkk->rk", hessian), 1e-9)
@@ -114,13 +123,13 @@ def fit_curve(curve: Curve, y_RN: Floats, side_RN: Floats, error_RN: Floats) -> 
         step = np.clip(np.linalg.solve(damped, -gradient[:, :, None])[:, :, 0], -2, 2)
         tried = theta + step
         tried_mean, tried_jacobian = curve.at(tried)
-        tried_value = _misfit(y_RN, tried_mean, side_RN, error_RN)
+        tried_value = _misfit(y_RN, tried_mean, side_RN, error_RN, floor_N)
         better = tried_value <= value
         theta = np.where(better[:, None], tried, theta)
         mean, value = np.where(better[:, None], tried_mean, mean), np.where(better, tried_value, value)
         jacobian = np.where(better[:, None, None], tried_jacobian, jacobian)
-        damping = np.clip(np.where(better, damping / 8, damping * 5), 1e-12, 1e9)
-        if (np.abs(step).max(axis=1) < 1e-10)[better].all() and better.any():
+        damping = np.clip(np.where(better, damping / 8, damping * 5), 1e-12, _DAMPED)
+        if ((np.abs(step).max(axis=1) < 1e-10) | (damping >= _DAMPED)).all():
             break
     return theta
 
@@ -133,56 +142,85 @@ def misfit(curve: Curve, theta_RK: Floats, y_RN: Floats, side_RN: Floats, error_
         curve.at(theta_RK)[0],
         np.broadcast_to(side_RN, y_RN.shape),
         np.broadcast_to(error_RN, y_RN.shape),
+        curve.floors,
     )
 
 
 def find_scatter(curve: Curve, y_N: Floats, side_N: Floats, error_N: Floats) -> float:
     """By how much optima scatter about a curve beyond their errors: a standard deviation of ln T*.
 
-    That for which the squared deviations, in units of all their errors, come to N - K, K parameters being fitted
-    (Paule and Mandel 1982); of a censored optimum the expected square, given the side. 0 where they are smaller
-    without any, and where N is not larger than K; 1 at most.
+    That under which the likelihood of optima and bounds is highest, restricted as in Patterson and Thompson (1971): of
+    the optima inside their grids, I in number, ln error counts (I - K) / I, so that with equal errors and without
+    bounds the squared residuals come to I - K. It counts 1 / I at least, so that where I is not larger than K bounds
+    that contradict the optima still tell of scatter, and others do not. 1 at most.
     """
-    degrees = len(y_N) - curve.size
-    if degrees < 1:
+    inside = int((side_N == INSIDE).sum())
+    if not inside:
         return 0.0
+    weight = max(inside - curve.size, 1) / inside
     tried = np.concatenate([[0.0], np.geomspace(1e-4, _MOST, _SCATTERS)])
-    for _ in range(2):
+    for refined in (False, True):
         error_RN = np.maximum(np.hypot(error_N, tried[:, None]), 1e-9)
         y_RN = np.broadcast_to(y_N, error_RN.shape)
-        enough = squares_of(curve, fit_curve(curve, y_RN, side_N, error_RN), y_RN, side_N, error_RN) <= degrees
-        if enough[0]:
-            return float(tried[0])
-        if not enough[-1]:
-            return float(tried[-1])
-        first = int(np.argmax(enough))
-        tried = np.linspace(tried[first - 1], tried[first], _SCATTERS)
-    return float(tried[-1])
+        cost = misfit(curve, fit_curve(curve, y_RN, side_N, error_RN), y_RN, side_N, error_RN)
+        cost += weight * np.where(side_N == INSIDE, np.log(error_RN), 0.0).sum(axis=1)
+        best = int(np.argmin(cost))
+        if best == 0 or refined:
+            break
+        tried = np.linspace(tried[best - 1], tried[min(best + 1, len(tried) - 1)], _SCATTERS)
+    return float(tried[best])
 
 
 def squares_of(curve: Curve, theta_RK: Floats, y_RN: Floats, side_N: Floats, error_RN: Floats) -> Floats:
-    """Sum of squared deviations in units of their errors, [R]; of a censored optimum the expected square."""
+    """Sum over the optima inside their grids of squared deviations in units of their errors, [R]."""
     z = (y_RN - curve.at(theta_RK)[0]) / error_RN
-    away = -side_N * z
-    return np.where(side_N == INSIDE, z**2, 1 - away * _hazard(away)).sum(axis=1)
+    return np.where(side_N == INSIDE, z**2, 0.0).sum(axis=1)
 
 
-def _misfit(y_RN: Floats, mean_RN: Floats, side_RN: Floats, error_RN: Floats) -> Floats:
+def _misfit(y_RN: Floats, mean_RN: Floats, side_RN: Floats, error_RN: Floats, floor_N: Floats | None) -> Floats:
     z = (y_RN - mean_RN) / error_RN
-    beyond = -log_ndtr(np.where(side_RN == INSIDE, 0.0, -side_RN * z))
-    return np.where(side_RN == INSIDE, z**2 / 2, beyond).sum(axis=1)
+    log_p, _, _ = _beyond(z, mean_RN, side_RN, error_RN, floor_N)
+    return np.where(side_RN == INSIDE, z**2 / 2, -log_p).sum(axis=1)
 
 
-def _derivatives(y_RN: Floats, mean_RN: Floats, side_RN: Floats, error_RN: Floats) -> tuple[Floats, Floats]:
+def _derivatives(
+    y_RN: Floats, mean_RN: Floats, side_RN: Floats, error_RN: Floats, floor_N: Floats | None
+) -> tuple[Floats, Floats]:
     """First and second derivative of the misfit in ln T*, [R, N] each."""
     z = (y_RN - mean_RN) / error_RN
-    away = np.where(side_RN == INSIDE, 0.0, -side_RN * z)
-    hazard = _hazard(away)
-    slope = np.where(side_RN == INSIDE, -z, -side_RN * hazard) / error_RN
-    bend = np.where(side_RN == INSIDE, 1.0, hazard * (away + hazard)) / error_RN**2
-    return slope, bend
+    _, near, far = _beyond(z, mean_RN, side_RN, error_RN, floor_N)
+    # Of -ln (Phi(b) - Phi(a)), with a and b falling as ln T* rises: (phi(b) - phi(a)) / P, and its own.
+    slope = np.where(side_RN == INSIDE, -z, -side_RN * (near[0] - far[0])) / error_RN
+    bend = np.where(side_RN == INSIDE, 1.0, near[1] - far[1] + (near[0] - far[0]) ** 2) / error_RN**2
+    return slope, np.maximum(bend, 0.0)
 
 
-def _hazard(z: Floats) -> Floats:
-    """phi(z) / Phi(z)."""
-    return np.exp(-(z**2) / 2 - 0.5 * np.log(2 * np.pi) - log_ndtr(z))
+Hazard = tuple[Floats, Floats]
+
+
+def _beyond(
+    z_RN: Floats, mean_RN: Floats, side_RN: Floats, error_RN: Floats, floor_N: Floats | None
+) -> tuple[Floats, Hazard, Hazard]:
+    """Of optima that are bounds, ln P of lying where they may, P = Phi(b) - Phi(a) with b at the bound, a at the floor.
+
+    Also phi / P and z phi / P at each of the two; those at the floor are 0 where there is none.
+    """
+    b = np.where(side_RN == INSIDE, 0.0, -side_RN * z_RN)
+    log_p = log_ndtr(b)
+    far = np.zeros_like(b), np.zeros_like(b)
+    if floor_N is not None:
+        a = np.where(side_RN == LOW, (floor_N - mean_RN) / error_RN, -np.inf)
+        # Of the same sign, and so that neither tail is lost in a difference from 1.
+        right = a > 0
+        more, less = log_ndtr(np.where(right, -a, b)), log_ndtr(np.where(right, -b, a))
+        log_p = more + np.log1p(-np.exp(np.minimum(less - more, -1e-12)))
+        far = _hazard(a, log_p)
+    return log_p, _hazard(b, log_p), far
+
+
+def _hazard(z: Floats, log_p: Floats) -> Hazard:
+    """phi(z) / P, and z times that; 0 at z = -inf."""
+    finite = np.where(np.isfinite(z), z, 0.0)
+    log = np.minimum(-(finite**2) / 2 - 0.5 * np.log(2 * np.pi) - log_p, _LARGEST)
+    density = np.where(np.isfinite(z), np.exp(log), 0.0)
+    return density, finite * density

@@ -37,9 +37,10 @@ class LawScore:
     Attributes:
         law: such as "line, with tokens".
         parameters: fitted.
-        error: root mean square of measured less foretold ln T*, over the optima inside their grids.
-        optima: how many these were.
-        broken: censored optima that the foretold teacher lies on the wrong side of, and how many there were.
+        error: root mean square of measured less foretold ln T*; of a bound that holds it is 0, of a broken one how far
+            beyond it the foretold teacher lies.
+        optima: how many optima were inside their grids.
+        broken: bounds that the foretold teacher lies on the wrong side of, and how many there were.
     """
 
     law: str
@@ -196,6 +197,11 @@ def fit_tokens(measured: Sequence[BudgetOptimum], *, replicates: int = 2000, see
         )
     student, middle = np.exp(np.log(optima.students[inside]).mean()), np.exp(logs[inside].mean())
     columns = np.stack([np.log(optima.students / student), logs - np.log(middle)], axis=1)
+    if np.linalg.matrix_rank(np.column_stack([np.ones(len(logs)), columns]), tol=1e-6) < 3:
+        raise LawError(
+            "tokens per parameter and students move together, so that their effects cannot be told apart; run a student "
+            "at two budgets"
+        )
     chain = Chain(optima, None, replicates, np.random.default_rng(seed), 0.95)
     # A ratio with a power of S as a further column is a power law.
     fitted = chain.fit("ratio", columns)
@@ -242,10 +248,9 @@ def _foretell(fitted: Fitted, students: Floats, logs: Floats | None) -> Floats:
 
 
 def _score(law: str, parameters: int, optima: Optima, foretold: Floats) -> LawScore:
-    inside = (optima.sides == 0) & np.isfinite(foretold)
-    missed = (optima.sides == 0) & ~np.isfinite(foretold)
-    errors = optima.logs[inside] - foretold[inside]
-    error = float(np.sqrt(np.mean(errors**2))) if inside.any() and not missed.any() else np.inf
-    beyond = optima.sides != 0
-    broken = beyond & ((optima.logs - foretold) * optima.sides > 0)
+    inside, beyond = optima.sides == 0, optima.sides != 0
+    off = optima.logs - foretold
+    broken = beyond & (off * optima.sides > 0)
+    error = float(np.sqrt(np.mean(np.where(inside | broken, off, 0.0) ** 2)))
+    error = error if np.isfinite(foretold).all() else np.inf
     return LawScore(law, parameters, error, int(inside.sum()), (int(broken.sum()), int(beyond.sum())))

@@ -30,12 +30,14 @@ def fit_law(
     Intervals are bootstrap percentiles over the whole chain, so that two students, whose line leaves no
     residual, get an honest interval too: new losses are drawn around each student's parabola (residuals
     pooled over students and scaled by sqrt(n / (n - 3)); where a teacher has several seeds, seeds are drawn
-    as well), and the optima, censored ones too, and the law are found anew. Where there are two optima more than a
-    curve has parameters, how they scatter about it tells more, and replicates are drawn about the optima (see `chain`).
+    as well), and the optima, censored ones too, and the law are found anew. Where more optima are inside their grids
+    than a curve has parameters, how they scatter about it tells more, and replicates are drawn about the optima (see
+    `chain`).
     In a replicate an optimum may leave its grid, so an interval that touches an edge is open on that side; `notes` says
     where that matters. With three teachers a student and one seed no scatter is left, and the intervals are None.
 
-    Where every teacher tried is larger than its student, as it is where students are cut, the ratio is 1 at least.
+    Where every teacher tried is larger than its student, as it is where students are cut, an optimum that is at most
+    some scale lies between that and the student's own.
 
     Args:
         observations: one per run, in any order; scales in parameters, losses in nats per token.
@@ -74,6 +76,7 @@ def fit_law(
             optimum,
             *(interval(np.exp(draws.logs[:, n]), level) if draws and inside[n] else (None, None)),
             error=None if errors_N is None else float(errors_N[n]),
+            degrees=noise.degrees or None,
         )
         for n, (at, optimum) in enumerate(zip(points, optima, strict=True))
     )
@@ -83,15 +86,13 @@ def fit_law(
     power = chain.fit("power") if linear else None
     ratio = chain.fit("ratio") if inside.any() else None
     deciding = line or ratio
-    # Where no teacher smaller than its student was tried, as nothing can be cut from one, the best is none either.
-    least = float(all(at.teachers[0] >= at.student for at in points))
     return LawFit(
         status=status,
         optima=rows,
         slope=line and line.estimate(lambda fitted: fitted.line()[0]),
         intercept=line and line.estimate(lambda fitted: fitted.line()[1]),
         r_squared=line and line.r_squared(),
-        ratio=ratio and ratio.estimate(lambda fitted: np.maximum(np.exp(fitted.theta_RK[:, 0]), least)),
+        ratio=ratio and ratio.estimate(lambda fitted: np.exp(fitted.theta_RK[:, 0])),
         exponent=power and power.estimate(lambda fitted: fitted.theta_RK[:, 1]),
         p_linear=power and power.p_value(1.0),
         scatter=deciding and deciding.scatter,
@@ -101,7 +102,7 @@ def fit_law(
         seed=seed,
         level=level,
         line_draws=line.draws() if line else np.empty((0, 3)),
-        ratio_draws=np.maximum(ratio.draws(), [least, -np.inf]) if ratio else np.empty((0, 2)),
+        ratio_draws=ratio.draws() if ratio else np.empty((0, 2)),
     )
 
 
@@ -163,12 +164,13 @@ def _notes(
     notes = []
     for row in rows:
         if row.optimum.censored:
-            edge = scale_text(row.optimum.teacher)
-            beyond = "smaller" if row.optimum.censored == "low" else "larger"
-            notes.append(
-                f"student {scale_text(row.student)}: censored at the grid's {row.optimum.censored} edge "
-                f"({edge}); its optimal teacher may be {beyond}, so it enters the fit as a bound, not as a point"
-            )
+            beyond, most = ("smaller", "most") if row.optimum.censored == "low" else ("larger", "least")
+            bound = scale_text(row.optimum.teacher)
+            why = f"censored at the grid's {row.optimum.censored} edge ({bound}); its optimal teacher may be {beyond}"
+            if not row.optimum.at_edge:
+                why = "its lowest loss is inside the grid, but the parabola's vertex is not; its optimal teacher is at "
+                why += f"{most} {bound}"
+            notes.append(f"student {scale_text(row.student)}: {why}, so it enters the fit as a bound, not as a point")
         elif not row.optimum.agrees:
             low, high = map(scale_text, row.optimum.turn)
             notes.append(
@@ -177,13 +179,16 @@ def _notes(
             )
     inside = sum(row.optimum.censored is None for row in rows)
     if inside == 2:
-        notes.append("two optima: a line through two points fits by construction, so R^2 is not reported")
+        notes.append(
+            "two optima: a line through two points fits by construction, so R^2 is not reported, nor whether the "
+            "exponent is 1, and its interval takes optima not to scatter about it"
+        )
     if inside == 1:
         notes.append("one optimum inside its grid: a ratio can be given, a line cannot")
     if inside == 0:
         notes.append("no optimum lies inside its grid of teachers, so there is no law; widen the grid")
     if inside == 3:
-        notes.append("three optima hardly tell how optima scatter about a line: its intervals take them not to")
+        notes.append("three optima hardly tell how optima scatter about a line: its intervals are very wide")
     if inside and not noise.degrees:
         teachers = max(len(at.teachers) for at in points)
         notes.append(

@@ -112,35 +112,46 @@ def constant_ratio(
     """H3: T*/S is the same everywhere.
 
     The likelihood ratio of one ratio for all against one for each student (`across` "scales") or each group ("groups"),
-    censored optima in it as bounds. Its distribution under one ratio is drawn, as few optima, some of them censored,
-    make no chi-square. A small p value speaks against the hypothesis. The effect is by which factor ratios differ.
+    censored optima in it as bounds, also of those that have no others. Its distribution under one ratio is drawn, as
+    few optima, some of them censored, make no chi-square; so is the size of their errors, which is itself measured with
+    few degrees of freedom. A small p value speaks against the hypothesis. The effect is by which factor ratios differ,
+    of the students or groups with an optimum inside its grid.
 
-    Raises: LawError with fewer than two students or groups with an optimum inside their grids, or without errors.
+    Raises: LawError with fewer than two students or groups, without any optimum inside its grid, or without errors.
     """
     optima = Optima.of([m.optimum for m in measured])
     names = [m.group if across == "groups" else scale_text(m.optimum.student) for m in measured]
     groups = list(dict.fromkeys(names))
     place = np.array([groups.index(name) for name in names])
-    inside = [g for g in range(len(groups)) if (optima.sides[place == g] == 0).any()]
-    if len(inside) < 2 or not optima.errors.all():
+    known = [bool((optima.sides[place == g] == 0).any()) for g in range(len(groups))]
+    if len(groups) < 2 or not any(known) or not optima.errors.all():
         raise LawError(
-            f"ratios of {len(inside)} {across} with an optimum inside its grid; comparing needs two, and errors"
+            f"{len(groups)} {across}, {sum(known)} with an optimum inside its grid; comparing needs two, one of them "
+            "with such an optimum, and errors"
         )
     errors = optima.whole_errors(0.0)
-    keep = np.isin(place, inside)
-    optima, place, errors = optima.only(keep), place[keep], errors[keep]
-    one = Curve("ratio", optima.students, np.empty((len(place), 0)))
-    # A column for each further group; the first is what the ratio itself stands for.
-    each = Curve("ratio", optima.students, np.stack([place == g for g in inside[1:]], axis=1).astype(float))
+    one = Curve("ratio", optima.students, np.empty((len(place), 0)), optima.floors)
+    # A column for each group but one, for which the ratio itself stands.
+    base = known.index(True)
+    others = [g for g in range(len(groups)) if g != base]
+    columns = np.stack([place == g for g in others], axis=1).astype(float)
+    each = Curve("ratio", optima.students, columns, optima.floors)
     common = fit_curve(one, optima.logs, optima.sides, errors)
     separate = fit_curve(each, optima.logs, optima.sides, errors)
     ratio = 2 * (_misfit(one, common, optima, errors) - _misfit(each, separate, optima, errors))[0]
-    drawn = optima.drawn(one.at(common)[0][0], np.tile(errors, (draws, 1)), np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    degrees = min((m.optimum.degrees for m in measured if m.optimum.degrees), default=None)
+    scale = np.sqrt(degrees / rng.chisquare(degrees, (draws, 1))) if degrees else np.ones((draws, 1))
+    drawn = optima.drawn(one.at(common)[0][0], errors * scale, rng)
     under = misfit(one, fit_curve(one, drawn.logs, drawn.sides, errors), drawn.logs, drawn.sides, errors)
     under -= misfit(each, fit_curve(each, drawn.logs, drawn.sides, errors), drawn.logs, drawn.sides, errors)
     p = (1 + np.sum(2 * under >= ratio)) / (1 + draws)
-    logs = separate[0, 0] + np.concatenate([[0.0], separate[0, 1:]])
-    details = [f"{groups[g]}: T*/S = {np.exp(r):.2f}" for g, r in zip(inside, logs, strict=True)]
+    found = {base: separate[0, 0]} | {g: separate[0, 0] + separate[0, 1 + n] for n, g in enumerate(others)}
+    logs = np.array([found[g] for g in range(len(groups)) if known[g]])
+    details = [
+        f"{name}: T*/S = {np.exp(found[g]):.2f}" if known[g] else f"{name}: bounds only"
+        for g, name in enumerate(groups)
+    ]
     return Test(
         f"H3: T*/S is constant across {across}",
         f"likelihood ratio {ratio:.3g}, {each.size - 1} more parameters",

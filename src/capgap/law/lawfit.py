@@ -46,6 +46,7 @@ class StudentOptimum:
         low, high: of the interval of its teacher's scale, parameters; None where censored or unknown.
         error: standard deviation of ln T*, with which the optimum enters the law; of a censored one the median of the
             others. None where no scatter was left to measure it by.
+        degrees: of freedom behind the error; None where there is none.
     """
 
     student: float
@@ -53,6 +54,7 @@ class StudentOptimum:
     low: float | None
     high: float | None
     error: float | None = None
+    degrees: int | None = None
 
     @property
     def side(self) -> int:

@@ -22,9 +22,10 @@ class Optimum:
     The parabola is L(T) = c0 + c1 x + c2 x^2 with x = ln(T / reference).
 
     Attributes:
-        teacher: parameters; the parabola's vertex, or the grid's edge where censored.
-        loss: nats per token; the parabola at its vertex, or where censored the mean loss at that edge.
-        censored: None inside the grid; "low" or "high" where the optimum may lie beyond that edge.
+        teacher: parameters; the parabola's vertex, or where censored the bound: the grid's edge, or the teacher next to
+            the lowest one.
+        loss: nats per token; the parabola at its vertex, or where censored the mean loss at that teacher.
+        censored: None inside the grid; "low" or "high" where only a bound is known: at most, or at least, `teacher`.
         curvature: second derivative of the loss in ln T, 2 c2, nats per token.
         coefficients: c0, c1, c2, nats per token.
         reference: parameters; the geometric middle of the grid.
@@ -43,6 +44,11 @@ class Optimum:
     residuals: tuple[float, ...]
     grid: tuple[float, ...]
     turn: tuple[float, float]
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the lowest loss was at the grid's edge, which bounds the optimum."""
+        return self.teacher in (self.grid[0], self.grid[-1])
 
     @property
     def agrees(self) -> bool:
@@ -66,8 +72,9 @@ def find_optimum(
 
     Least squares over all points; several seeds are several points at one scale. The optimum is censored if
     and only if (1) the curvature is not positive, or (2) the vertex lies outside the grid, or (3) the lowest
-    of the seed-mean losses is at the grid's edge, where nothing was measured on its other side. A censored
-    optimum is put at the edge with the lower seed-mean loss.
+    of the seed-mean losses is at the grid's edge, where nothing was measured on its other side. It is then a bound, on
+    the side of the edge with the lower seed-mean loss: at that edge in the case (3), else, where the lowest loss is
+    inside and the parabola alone points beyond the grid, at the next teacher after the lowest one.
 
     Args:
         teacher_scales: parameters, one per point.
@@ -110,9 +117,8 @@ def find_optimum(
     inside = bool(grid[0] <= teacher <= grid[-1])
     loss = float(shift + c0 - c1**2 / (4 * c2)) if inside else np.nan
     if not inside or lowest in (0, len(grid) - 1):
-        edge = 0 if means[0] <= means[-1] else -1
-        censored = "low" if edge == 0 else "high"
-        teacher, loss = float(grid[edge]), float(means[edge])
+        bound, censored = _bound(means)
+        teacher, loss = float(grid[bound]), float(means[bound])
     return Optimum(
         teacher=teacher,
         loss=loss,
@@ -124,6 +130,14 @@ def find_optimum(
         grid=tuple(grid.tolist()),
         turn=_turn(grid, means, np.array([float((teachers_P == t).sum()) for t in grid])),
     )
+
+
+def _bound(means_C: Floats) -> tuple[int, Literal["low", "high"]]:
+    """The place of the teacher that bounds a censored optimum, and on which side of the grid it is."""
+    lowest, last = int(means_C.argmin()), len(means_C) - 1
+    if means_C[0] <= means_C[-1]:
+        return (lowest + 1 if 0 < lowest < last else 0), "low"
+    return (lowest - 1 if 0 < lowest < last else last), "high"
 
 
 def _turn(grid: Floats, means_C: Floats, counts_C: Floats) -> tuple[float, float]:

@@ -167,7 +167,8 @@ def fit_roles(surfaces: Sequence[RoleSurface], *, replicates: int = 2000, seed: 
         rows: list[RoleOptimum] = [getattr(surface, role) for surface in surfaces]
         logs, sides = np.log([row.scale for row in rows]), np.array([row.side for row in rows])
         edges = np.log([row.edges for row in rows])
-        optima = Optima(students, logs, sides, np.array([row.error or 0.0 for row in rows]), edges)
+        floors = np.where(edges[:, 0] > np.log(students), np.log(students), -np.inf)
+        optima = Optima(students, logs, sides, np.array([row.error or 0.0 for row in rows]), edges, floors)
         if not (sides == 0).any():
             ratios.append(Estimate(float(np.exp((logs - np.log(students)).mean())), None, None))
             continue

@@ -2,8 +2,8 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from capgap.errors import LawError
@@ -27,7 +27,15 @@ from capgap.law import (
     teacher_matters,
 )
 from capgap.records import RunRecord
-from capgap.report.rows import budget_names, by_budget, fittable, is_coupled, observations_of
+from capgap.report.rows import (
+    budget_names,
+    by_budget,
+    fittable,
+    is_coupled,
+    observations_of,
+    student_scales,
+    student_tokens,
+)
 
 PAPER = "the paper's way"
 
@@ -118,17 +126,11 @@ def analyse(records: Sequence[RunRecord]) -> Analysis:
     """Analyses a study's records; whatever they are too few for is left out, and said in the notes."""
     notes: list[str] = []
     budgets = tuple(_law_of_budget(name, rows, notes) for name, rows in by_budget(records).items())
-    optima = [
-        BudgetOptimum(row, budget.per_parameter, PAPER)
-        for budget in budgets
-        if budget.law
-        for row in budget.law.optima
-        if row.error
-    ]
+    optima = optima_of(budgets)
     several = len(budgets) > 1
     tokens = _or_note(lambda: fit_tokens(optima), "No law with tokens", notes) if several else None
     scores = _or_note(lambda: compare_laws(optima), "Laws were not compared", notes) if optima else None
-    conditions = tuple(_conditions(records))
+    conditions = tuple(_conditions(records, notes))
     return Analysis(
         budgets,
         tokens,
@@ -138,6 +140,28 @@ def analyse(records: Sequence[RunRecord]) -> Analysis:
         tuple(_roles(records, notes)),
         tuple(notes),
     )
+
+
+def optima_of(budgets: Sequence[BudgetLaw]) -> list[BudgetOptimum]:
+    """All optima of all budgets, each with its student's own tokens per parameter; its group is its budget's name."""
+    found = []
+    for budget in budgets:
+        tokens = student_tokens(budget.records)
+        for row in budget.law.optima if budget.law else ():
+            found.append(BudgetOptimum(row, tokens[row.student] / row.student, budget.name))
+    return _with_errors(found)
+
+
+def _with_errors(optima: Iterable[BudgetOptimum]) -> list[BudgetOptimum]:
+    """Those of a budget or group without any optimum inside its grid have no error: they get the others' median."""
+    optima = list(optima)
+    known = [o.optimum for o in optima if o.optimum.error is not None]
+    if not known:
+        return optima
+    error = statistics.median(row.error or 0.0 for row in known)
+    degrees = min((row.degrees for row in known if row.degrees), default=None)
+    missing = {"error": error, "degrees": degrees}
+    return [o if o.optimum.error is not None else replace(o, optimum=replace(o.optimum, **missing)) for o in optima]
 
 
 T = TypeVar("T")
@@ -160,7 +184,7 @@ def _law_of_budget(name: str, records: Sequence[RunRecord], notes: list[str]) ->
 
 def _tests(
     budgets: Sequence[BudgetLaw],
-    optima: Sequence[BudgetOptimum],
+    optima: Sequence[BudgetOptimum],  # of the budgets, each with the name of its own as its group
     conditions: Sequence[ConditionLaw],
     notes: list[str],
 ) -> list[tuple[str, Test]]:
@@ -170,28 +194,25 @@ def _tests(
             if budget.law is not None:
                 made = _or_note(lambda test=test, b=budget: test(b.observations), f"At {budget.name} no test", notes)
                 found.append((budget.name, made))
-        if budget.interior > 1:
-            mine = [o for o in optima if o.per_parameter == budget.per_parameter]
+        if budget.interior:
+            mine = [o for o in optima if o.group == budget.name]
             found.append((budget.name, _or_note(lambda m=mine: constant_ratio(m), f"H3 at {budget.name}", notes)))
-    names = {budget.per_parameter: budget.name for budget in budgets}
-    if sum(budget.interior > 0 for budget in budgets) > 1:
-        grouped = [BudgetOptimum(o.optimum, o.per_parameter, names[o.per_parameter]) for o in optima]
-        found.append(("all budgets", _or_note(lambda: constant_ratio(grouped, "groups"), "H3 across budgets", notes)))
+    if len(budgets) > 1 and any(budget.interior for budget in budgets):
+        found.append(("all budgets", _or_note(lambda: constant_ratio(optima, "groups"), "H3 across budgets", notes)))
     for condition in dict.fromkeys(law.condition for law in conditions):
-        pair = [
+        pair = _with_errors(
             BudgetOptimum(row, 1.0, group)
             for beside in conditions
             if beside.condition == condition
             for group, law in ((PAPER, beside.paper), (condition, beside.law))
             for row in (law.optima if law else ())
-            if row.error
-        ]
+        )
         made = _or_note(lambda p=pair: constant_ratio(p, "groups"), f"H3, {condition}", notes)
         found.append((condition, made))
     return [(name, test) for name, test in found if test is not None]
 
 
-def _conditions(records: Sequence[RunRecord]) -> list[ConditionLaw]:
+def _conditions(records: Sequence[RunRecord], notes: list[str]) -> list[ConditionLaw]:
     """The laws of each condition and budget, beside the paper's way's of the same students and budget (of all of its
     students, where the condition has students of its own)."""
     coupled = [r for r in records if is_coupled(r)]
@@ -208,7 +229,8 @@ def _conditions(records: Sequence[RunRecord]) -> list[ConditionLaw]:
                 continue
             students = {r.student for r in rows}
             beside = [r for r in plain if name[r.run] == budget and (not known or r.student in students)]
-            law, paper = _quick_law(rows), _quick_law(beside)
+            law = _or_note(lambda r=rows: _quick_law(r), f"No law under {condition} at {budget}", notes)
+            paper = _or_note(lambda r=beside: _quick_law(r), f"No law beside {condition} at {budget}", notes)
             if law is not None:
                 found.append(ConditionLaw(condition, budget, law, paper, bool(known)))
     return found
@@ -234,8 +256,10 @@ def _roles(records: Sequence[RunRecord], notes: list[str]) -> list[BudgetRoles]:
     found = []
     for budget in dict.fromkeys(names[r.run] for r in sorted(mine, key=lambda r: r.tokens / r.student_scale)):
         surfaces = []
-        for student in sorted({r.student_scale for r in mine if names[r.run] == budget}):
-            rows = [r for r in mine if names[r.run] == budget and r.student_scale == student]
+        there = [r for r in mine if names[r.run] == budget]
+        scales = student_scales(there)
+        for student in sorted({scale for scale, _ in scales.values()}):
+            rows = [r for r in there if scales[r.run][0] == student]
             if len({(r.start, r.teacher) for r in rows if r.start != r.teacher}) < 3:
                 continue
             runs = [

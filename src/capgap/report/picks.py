@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from capgap.errors import LawError
-from capgap.law import BudgetOptimum, SecondLaw, TokenLaw, fit_law, fit_roles, fit_tokens, scale_text
+from capgap.law import SecondLaw, TokenLaw, fit_law, fit_roles, fit_tokens, scale_text
 from capgap.records import RunRecord
-from capgap.report.analysis import Analysis, role_runs
-from capgap.report.rows import fittable, observations_of
+from capgap.report.analysis import Analysis, optima_of, role_runs
+from capgap.report.rows import fittable, observations_of, student_scales
 from capgap.report.second import second_law_of
 
 Pair = tuple[str | None, str]
@@ -56,16 +56,17 @@ def picks_of(records: Sequence[RunRecord], analysis: Analysis) -> list[Pick]:
     second = _second(records)
     found = []
     for budget in analysis.budgets:
-        scales = sorted({r.student_scale for r in budget.records})
-        if len(scales) < 2:
+        scales = student_scales(budget.records)
+        if len({scale for scale, _ in scales.values()}) < 2:
             continue
-        mine = [r for r in budget.records if r.student_scale == scales[-1]]
-        rest = [r for r in budget.records if r.student_scale != scales[-1]]
+        largest = max(scale for scale, _ in scales.values())
+        mine = [r for r in budget.records if scales[r.run][0] == largest]
+        rest = [r for r in budget.records if scales[r.run][0] != largest]
         losses = _mean_losses(mine)
-        asked = _simple(mine, own, second) | _law_without(rest, scales[-1])
-        tokens = _tokens_without(analysis, scales[-1])
+        asked = _simple(mine, own, second) | _law_without(rest, largest)
+        tokens = _tokens_without(analysis, largest)
         if tokens is not None:
-            at = tokens.predict(scales[-1], statistics.mean(r.tokens for r in mine))
+            at = tokens.predict(largest, statistics.mean(r.tokens for r in mine))
             asked["law with tokens"] = (at.teacher, f"{at.ratio:.2f} S")
         models = {r.teacher: float(r.teacher_scale or 0) for r in mine if r.teacher}
         for rule, (wanted, note) in asked.items():
@@ -82,7 +83,9 @@ def _apart(
         if len(roles.surfaces) < 2:
             continue
         largest = roles.surfaces[-1].student
-        mine = [r for r in role_runs(records, roles.name) if r.student_scale == largest]
+        there = role_runs(records, roles.name)
+        scales = student_scales(there)
+        mine = [r for r in there if scales[r.run][0] == largest]
         losses, law = _mean_losses(mine), fit_roles(roles.surfaces[:-1])
         starts = {r.start: float(r.start_scale or 0) for r in mine if r.start}
         teachers = {r.teacher: float(r.teacher_scale or 0) for r in mine if r.teacher}
@@ -129,12 +132,7 @@ def _law_without(rest: Sequence[RunRecord], student: float) -> dict[str, tuple[f
 
 
 def _tokens_without(analysis: Analysis, student: float) -> TokenLaw | None:
-    rest = [
-        BudgetOptimum(row, budget.per_parameter)
-        for budget in analysis.budgets
-        for row in (budget.law.optima if budget.law else ())
-        if row.error and row.student != student
-    ]
+    rest = [o for o in optima_of(analysis.budgets) if o.optimum.student != student]
     try:
         return fit_tokens(rest, replicates=0) if rest else None
     except LawError:

@@ -56,12 +56,20 @@ def observations_of(records: Sequence[RunRecord]) -> list[Observation]:
     at the geometric mean, with how far its scales scatter.
     """
     mine = [r for r in records if is_coupled(r) and r.teacher_scale is not None and not r.condition]
-    scales = _scales(mine)
+    scales = student_scales(mine)
     return [Observation(scales[r.run][0], float(r.teacher_scale or 0), r.loss, r.seed, scales[r.run][1]) for r in mine]
 
 
-def _scales(records: Sequence[RunRecord]) -> dict[str, tuple[float, float]]:
-    """Of each run the scale that its student counts at, and the standard deviation of its logarithm."""
+def student_tokens(records: Sequence[RunRecord]) -> dict[float, float]:
+    """The tokens of a budget's runs by the scale that their student counts at; a geometric mean where they differ."""
+    scales, found = student_scales(records), {}
+    for r in records:
+        found.setdefault(scales[r.run][0], []).append(r.tokens)
+    return {scale: statistics.geometric_mean(tokens) for scale, tokens in found.items()}
+
+
+def student_scales(records: Sequence[RunRecord]) -> dict[str, tuple[float, float]]:
+    """Of each run, by its name, the scale that its student counts at, and the standard deviation of its logarithm."""
     named: dict[str, set[int]] = {}
     for r in records:
         named.setdefault(r.student, set()).add(r.student_scale)
@@ -87,7 +95,7 @@ def fittable(observations: Sequence[Observation]) -> tuple[list[Observation], li
 def names_of(records: Sequence[RunRecord]) -> dict[float, str]:
     """The name of each student by its scale; several names of one scale are joined."""
     names: dict[float, list[str]] = {}
-    scales = _scales([r for r in records if is_coupled(r)])
+    scales = student_scales([r for r in records if is_coupled(r)])
     for r in records:
         for scale in {float(r.student_scale), scales.get(r.run, (float(r.student_scale),))[0]}:
             known = names.setdefault(scale, [])
