@@ -8,6 +8,7 @@ grid's FLOPs.
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 from _measure import print_table, write_results
 from capgap import records
 from capgap.cost import format_count
-from capgap.study import Race, Replayed, replay
+from capgap.study import ForecastError, Race, Replayed, forecast_errors, replay
 
 COLUMNS = ["student", "seeds", "tokens", "ran each heat", "the race's teacher", "the best", "above it", "FLOPs"]
 
@@ -33,6 +34,18 @@ def row(one: Replayed) -> list[str]:
     ]
 
 
+def by_distance(errors: Sequence[ForecastError]) -> list[list[str]]:
+    """A row for each number of tokens ahead, over those measured; root mean squares."""
+    rows = []
+    for times in sorted({round(one.times) for one in errors}):
+        mine = [one for one in errors if round(one.times) == times]
+        off, ratio = (
+            math.sqrt(sum(getattr(one, name) ** 2 for one in mine) / len(mine)) for name in ("error", "in_errors")
+        )
+        rows.append([f"{times} x", str(len(mine)), f"{off:.4f}", f"{ratio:.2f}"])
+    return rows
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Replays, prints a table, writes the file that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -47,7 +60,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{near} of {len(found)} within 0.5 % of the full grid's best; "
         f"at most {100 * max((one.share for one in found), default=0.0):.1f} % of a grid's FLOPs"
     )
-    write_results(args.json, {"share": args.share, "races": [{**asdict(one), "above": one.above} for one in found]})
+    errors = forecast_errors(records.read(args.records))
+    print_table(
+        "Forecasts beside what came",
+        ["tokens ahead", "forecasts", "off by, nats", "in standard errors"],
+        by_distance(errors),
+    )
+    write_results(
+        args.json,
+        {
+            "share": args.share,
+            "races": [{**asdict(one), "above": one.above} for one in found],
+            "forecasts": [asdict(one) for one in errors],
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ def points(seed: int, scales=SCALES, noise=0.01) -> tuple[Point, ...]:
     """Six teachers at four times, the last in two parts; one was stopped before it."""
     rng = np.random.default_rng(seed)
     found = []
-    for part, tokens in [(0, 25_000), (0, 50_000), (0, 75_000), (100_000, 100_000), (0, 100_000)]:
+    times = [(0, 25_000), (0, 50_000), (0, 75_000), (100_000, 100_000), (0, 100_000)]
+    for part, tokens in times:
         for runner, scale in enumerate(scales):
             if runner == 1 and tokens == 100_000:
                 continue
             x = np.log(scale / scales[0])
             loss = 3 + (tokens / 1e4) ** -0.5 * (1 + 0.3 * x) + 0.02 * (x - 1) ** 2 + rng.normal(0, noise)
-            found.append(Point(runner, tokens, part, float(loss)))
+            found.append(Point(runner, tokens, (0, part), float(loss)))
     return tuple(found)
 
 
@@ -66,7 +67,7 @@ def generalised(scales, seen, power, ratio):
     mean = fixed_there @ beta + c @ inverse @ rest
     d = fixed_there - c @ inverse @ fixed
     covariance = ratio * effects_there @ effects_there.T - c @ inverse @ c.T + d @ np.linalg.solve(information, d.T)
-    covariance += np.eye(len(scales)) * variances.min() * max(p.tokens for p in seen) / TOKENS
+    covariance += np.eye(len(scales)) * variances.min()  # a run's own noise falls no further
     logs = degrees * np.log(variance) + np.linalg.slogdet(v)[1] + np.linalg.slogdet(information)[1]
     return -0.5 * logs, mean, variance * covariance
 
@@ -80,12 +81,14 @@ def test_it_is_the_mean_over_powers_and_ratios_of_generalised_least_squares():
     second = sum(w * (fit[2] + np.outer(fit[1], fit[1])) for w, fit in zip(weights, fits, strict=True))
     found = forecast(SCALES, seen, TOKENS)
     np.testing.assert_allclose(found.loss_N, mean, rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(found.covariance_NN, second - np.outer(mean, mean), rtol=1e-4, atol=1e-8)
+    ahead = TOKENS / max(p.tokens for p in seen)
+    expected = (second - np.outer(mean, mean)) * ahead ** (2 * module.FURTHER)
+    np.testing.assert_allclose(found.covariance_NN, expected, rtol=1e-4, atol=1e-8)
     above, error = found.above(2)
     assert above[2] == error[2] == 0
     assert above[0] == pytest.approx(mean[0] - mean[2], abs=1e-7)
     difference = np.array([1, 0, -1, 0, 0, 0])
-    assert error[0] ** 2 == pytest.approx(difference @ (second - np.outer(mean, mean)) @ difference, rel=1e-4)
+    assert error[0] ** 2 == pytest.approx(difference @ expected @ difference, rel=1e-4)
 
 
 def test_without_effects_of_the_teachers_own_it_is_weighted_least_squares(monkeypatch):
@@ -99,8 +102,8 @@ def test_without_effects_of_the_teachers_own_it_is_weighted_least_squares(monkey
     found = forecast.__wrapped__(SCALES, seen, TOKENS)
     above, error = found.above(0)
     assert above[5] == pytest.approx(float(expected.effect[0]), rel=1e-5)
-    noise = 2 * fit.scale * 100_000 / TOKENS
-    assert error[5] ** 2 == pytest.approx(float(expected.sd[0, 0]) ** 2 + noise, rel=1e-4)
+    wider = (TOKENS / 100_000) ** (2 * module.FURTHER)
+    assert error[5] ** 2 == pytest.approx(wider * (float(expected.sd[0, 0]) ** 2 + 2 * fit.scale), rel=1e-4)
 
 
 @settings(max_examples=20, deadline=None)
@@ -117,7 +120,7 @@ def test_the_order_of_teachers_and_points_does_not_matter(order, seed):
 
 def test_what_all_teachers_share_does_not_matter():
     seen = points(3)
-    moved = tuple(Point(p.runner, p.tokens, p.part, p.loss + 7e4 / p.tokens + (p.part > 0)) for p in seen)
+    moved = tuple(Point(p.runner, p.tokens, p.part, p.loss + 7e4 / p.tokens + (p.part[1] > 0)) for p in seen)
     np.testing.assert_allclose(
         forecast(SCALES, moved, TOKENS).above(0)[0], forecast(SCALES, seen, TOKENS).above(0)[0], atol=1e-6
     )

@@ -7,7 +7,7 @@ import pytest
 from capgap.errors import StudyError
 from capgap.recipe import check
 from capgap.records import RunRecord
-from capgap.study import Family, StudySpec, flops_of_budget, next_trials
+from capgap.study import Budget, Family, StudySpec, estimate_study, flops_of_budget, next_trials, trials_of
 from capgap.study.next import MOST_SEEDS, _Design
 
 SPEC = check(
@@ -29,7 +29,7 @@ SPEC = check(
         ],
         "seeds": [0],
         "tokens": ["10x", "30x"],
-        "distill": {"tokens_per_step": 1024, "schedule": "wsd", "decay": 0.2},
+        "distill": {"tokens_per_step": 1024, "schedule": "wsd", "warmup": "20k", "decay": 0.2},
     },
     StudySpec,
     "study",
@@ -131,11 +131,37 @@ def test_the_grids_can_be_pasted_into_the_study(family):
     said = advice.lines()
     tree = yaml.safe_load("\n".join(said[1:]))
     grown = check(SPEC.model_dump(mode="json", exclude_defaults=True) | tree, StudySpec, "study")
-    from capgap.study import trials_of
-
-    names = {t.name for t in trials_of(Family(grown)) if t.kind == "distill"}
-    assert len(names) == sum(len(p.teachers) for p in advice.proposals)
+    old = {t.name for t in trials_of(family)}
+    new = {t.name for t in trials_of(Family(grown))} - old
+    assert len(new) == sum(len(p.teachers) for p in advice.proposals)
     assert "known to a factor of" in said[0]
+    # They cost what was said: longer runs go on from shorter ones, whichever grid those are of.
+    done = [study(family, lambda s, _: s)[0].model_copy(update={"run": name}) for name in old]
+    assert estimate_study(Family(grown), done, measure=False).flops == pytest.approx(advice.flops, rel=0.02)
+
+
+def test_what_was_run_is_not_proposed_again(family):
+    """Whatever the seeds that the study counts by."""
+    records = [r.model_copy(update={"seed": 1}) for r in study(family, lambda s, _: 2.5 * s, budgets=(30,))]
+    advice = next_trials(family, records, 1e13)
+    done = {(r.student, r.teacher, r.seed) for r in records}
+    asked = [(family.student_names[p.student], name, p.seed) for p in advice.proposals for name in p.teachers]
+    assert asked
+    assert done.isdisjoint(asked)
+    assert {seed for _, _, seed in asked} <= {0, 2, 3, 4}
+
+
+def test_a_study_that_counts_tokens_gets_counts_of_tokens():
+    counted = SPEC.model_copy(update={"tokens": [Budget(tokens=1_228_800)]})
+    mine = Family(counted)
+    runs = [r.model_copy(update={"tokens": 1_228_800}) for r in study(mine, lambda s, _: 2.5 * s, budgets=(30,))]
+    proposals = next_trials(mine, runs, 1e13).proposals
+    assert proposals
+    for proposal in proposals:
+        assert proposal.tokens is not None
+        assert proposal.tokens % 1024 == 0
+        assert f"tokens: [{proposal.tokens}]" in proposal.grid()
+    assert 1_228_800 in {p.tokens for p in proposals}
 
 
 def test_a_longer_run_costs_less_where_it_takes_over_a_shorter_one(family):
@@ -145,8 +171,8 @@ def test_a_longer_run_costs_less_where_it_takes_over_a_shorter_one(family):
     assert option.per_parameter == 30
     there = design.cost(option)
     for cell in design._cells.values():
-        cell.seeds.clear()
-    assert there == pytest.approx(design.cost(option) * (30 - 0.8 * 10) / 30)
+        cell.runs.clear()
+    assert there == pytest.approx(design.cost(option) * (30 - 0.8 * 10) / 30, rel=1e-3)  # in whole steps
 
 
 def test_budgets_are_flops_or_hours(family):

@@ -231,15 +231,20 @@ def test_who_goes_on_is_who_may_win_and_can_be_paid_for(share, tolerance, seed):
         assert abs(trial.taken_over - shared[budgets.index(trial.tokens)]) <= 512
     own = [next(t.tokens - t.taken_over for t in trials if t.tokens == tokens) for tokens in budgets]
     per_token = [2.0 * (r.teacher_scale or 0) + 72_000 for r in records]
-    left = (share * sum(own) * sum(per_token) - own[0] * sum(per_token)) / 2
-    expected = []
-    for i in order:
-        if above[i] - 2 * error[i] <= tolerance * min(r.loss for r in records) and own[1] * per_token[i] <= left:
-            left -= own[1] * per_token[i]
+    left = share * sum(own) * sum(per_token) - own[0] * sum(per_token)
+    hopeful = [i for i in order if above[i] - 2 * error[i] <= tolerance * min(r.loss for r in records)]
+    whole = {i: (own[1] + own[2]) * per_token[i] for i in hopeful}
+    # One that can be paid for until the end comes first, or else the cheapest; the heat has half of what is left.
+    first_of_all = next((i for i in hopeful if whole[i] <= left), min(hopeful, key=lambda i: whole[i]))
+    expected = [records[first_of_all].teacher]
+    heat = min(left / 2 - own[1] * per_token[first_of_all], left - whole[first_of_all])
+    for i in hopeful:
+        if i != first_of_all and own[1] * per_token[i] <= heat:
+            heat -= own[1] * per_token[i]
             expected.append(records[i].teacher)
     stopped = judge(trials, first, ()).stopped
     goes_on = {t.teacher for t in trials if t.tokens == budgets[1] and t.name not in stopped}
-    assert goes_on == set(expected or [records[order[0]].teacher])
+    assert goes_on == set(expected)
     assert share == 1 or len(expected) < len(records)  # the rule had something to say
     for trial in trials:
         if "nats above" in (why := stopped.get(trial.name, "")):
@@ -247,14 +252,59 @@ def test_who_goes_on_is_who_may_win_and_can_be_paid_for(share, tolerance, seed):
             assert f"{above[i]:.4f} ± {error[i]:.4f} nats above that of {records[order[0]].teacher}" in why
 
 
-def test_where_nobody_can_be_paid_for_the_best_forecast_goes_on_alone():
+def test_where_nobody_can_be_paid_for_the_cheapest_that_may_win_goes_on_alone():
     trials, scales, budgets = setting(grids=[{"race": {"share": 0.01}}])
     verdicts = judge(trials, shown(trials, scales, budgets[0]), ())
     left = {t.teacher for t in trials if t.tokens == budgets[1]} - {
         t.teacher for t in trials if t.name in verdicts.stopped
     }
     assert len(left) == 1
-    assert all(f"above that of {next(iter(left))}" in why for why in verdicts.stopped.values())
+    cheaper = {t.teacher for t in trials if scales[t.teacher] < scales[next(iter(left))]}
+    for teacher in cheaper:  # those could not win
+        why = verdicts.stopped[next(t.name for t in trials if t.teacher == teacher and t.tokens == budgets[1])]
+        assert "has none left for it" not in why
+        assert "take the race over" not in why
+
+
+def test_two_races_of_one_students_teachers_must_be_alike():
+    small, large = list(family().models)[:3], list(family().models)[3:]
+    grids = [{"race": {"share": 0.6}, "teachers": small}, {"race": {"share": 0.5}, "teachers": large}]
+    with pytest.raises(
+        StudyError, match=r"two grids race the teachers of student 0, each its own start, with different"
+    ):
+        setting(grids=grids)
+    # Alike, they are one race.
+    grids[1]["race"] = grids[0]["race"]
+    trials, scales, budgets = setting(grids=grids)
+    whole, _, _ = setting(grids=[{"race": {"share": 0.6}}])
+    first = shown(trials, scales, budgets[0])
+    assert judge(trials, first, ()).stopped == judge(whole, first, ()).stopped
+
+
+def test_a_race_that_is_changed_in_the_file_decides_anew_as_a_rebuilt_queue_does(tmp_path):
+    strict = family(grids=[{"race": {"share": 0.3, "tolerance": 0.001}}])
+    lax = family(grids=[{"race": {"share": 0.6, "tolerance": 0.02}}])
+    scales = {name: model.scale for name, model in strict.models.items()}
+    queue = Queue(tmp_path / "one")
+    queue.add(trials_of(strict))
+    work_off(queue, scales)
+    before = states(queue)
+    queue.add(trials_of(lax))
+    assert work_off(queue, scales)
+    found = states(queue)
+    assert list(found.values()).count("pruned") < list(before.values()).count("pruned")
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "records.jsonl").write_bytes((tmp_path / "one" / "records.jsonl").read_bytes())
+    again = Queue(tmp_path / "two")
+    again.add(trials_of(lax))
+    assert states(again) == found
+    assert again.unfinished() == 0
+
+
+def test_the_share_holds_however_unequal_the_heats_and_teachers():
+    for seed in range(30):
+        for one in replay(grid(SCALES, noisy(seed, 0.01), budgets=(100_000, 300_000, 1_000_000, 3_000_000)), Race()):
+            assert one.share <= 0.4 or len(one.tokens) < 3
 
 
 def test_of_one_number_of_tokens_nothing_is_forecast_and_nobody_stopped():

@@ -39,47 +39,48 @@ def fit(
 
     Example: capgap law fit capgap-demo/records.jsonl
     """
-    from capgap.law import LossTable, fit_law, fit_optima, read_table
-    from capgap.report import analyse, analysis_tables, by_budget, law_of, names_of, read_studies, second_lines
+    from capgap.law import OptimaTable, fit_optima, read_table
+    from capgap.report import read_studies, records_of_table
 
     console = Console()
     if is_of_records(table):
-        records = read_studies(table, beside or ())
-        budgets = by_budget(records) or {"": records}
-        failed = []
-        for name, rows in budgets.items():
-            try:
-                with _naming(table):
-                    fitted = law_of(rows)
-            except LawError as error:
-                if len(budgets) == 1:
-                    raise
-                console.print(f"At {name} no law: {error}")
-                failed.append(name)
-                continue
-            _show(console, name if len(budgets) > 1 else "", rows, fitted)
-        analysis = analyse(records)
-        for found in analysis_tables(analysis, names_of(records)):
-            console.print(found)
-        for note in analysis.notes:
-            console.print(note, markup=False)
-        for line in second_lines(records):
-            console.print(line)
-        if len(failed) == len(budgets):
-            raise LawError(f"{table}: no law could be fitted at any of {len(budgets)} budgets; above it says why")
+        _show_records(console, table, read_studies(table, beside or ()))
         return
     if beside:
         raise LawError(f"{table}: --beside compares studies, and this is a table; give their records.jsonl")
     found = read_table(table)
-    if isinstance(found, LossTable):
-        for name, observations in found.budgets.items():
-            with _naming(table):
-                fitted = fit_law(observations)
-            _show(console, name, [], fitted)
+    if not isinstance(found, OptimaTable):
+        _show_records(console, table, records_of_table(found))
         return
     with _naming(table):
         line = fit_optima(found.students, found.teachers)
     _show_line(console, line)
+
+
+def _show_records(console: Console, table: Path, records: "list[RunRecord]") -> None:
+    """The law of each budget, and what all of them say together."""
+    from capgap.report import analyse, analysis_tables, by_budget, law_of, names_of, second_lines
+
+    budgets = by_budget(records) or {"": records}
+    failed = []
+    for name, rows in budgets.items():
+        try:
+            with _naming(table):
+                fitted = law_of(rows)
+        except LawError as error:
+            if len(budgets) == 1:
+                raise
+            console.print(f"At {name} no law: {error}", markup=False)
+            failed.append(name)
+            continue
+        _show(console, name if len(budgets) > 1 else "", rows, fitted)
+    analysis = analyse(records)
+    for found in analysis_tables(analysis, names_of(records)):
+        console.print(found)
+    for line in (*analysis.notes, *second_lines(records)):
+        console.print(line, markup=False)
+    if len(failed) == len(budgets):
+        raise LawError(f"{table}: no law could be fitted at any of {len(budgets)} budgets; above it says why")
 
 
 def is_of_records(path: Path) -> bool:
@@ -93,7 +94,7 @@ def is_of_records(path: Path) -> bool:
             first = json.loads(file.readline())
         except ValueError:
             return True  # reading the records says what is wrong
-    return not isinstance(first, dict) or "recipe_hash" in first
+    return isinstance(first, dict) and "recipe" in first
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from capgap.law.line import LineFit, fit_optima
 from capgap.law.optimum import Optimum, find_optimum
 from capgap.law.published import PUBLISHED, PublishedLaw, PublishedPick, published_teacher, scale_text
 from capgap.law.roles import RoleLaw, RoleObservation, RoleOptimum, RoleSurface, find_roles, fit_roles
-from capgap.law.tables import LossTable, OptimaTable, read_table
+from capgap.law.tables import LossRow, LossTable, OptimaTable, read_table
 
 __all__ = [
     "ALONE_NEEDED",
@@ -44,6 +44,7 @@ __all__ = [
     "LawFit",
     "LawScore",
     "LineFit",
+    "LossRow",
     "LossTable",
     "Measured",
     "Observation",

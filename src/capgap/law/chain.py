@@ -64,8 +64,14 @@ class Optima:
 
     def only(self, which_N: NDArray[np.bool_]) -> "Optima":
         """Those of them."""
-        fields = (self.students, self.logs, self.sides, self.errors, self.edges)
-        return Optima(*(field[which_N] for field in fields), None if self.floors is None else self.floors[which_N])
+        return Optima(
+            self.students[which_N],
+            self.logs[which_N],
+            self.sides[which_N],
+            self.errors[which_N],
+            self.edges[which_N],
+            None if self.floors is None else self.floors[which_N],
+        )
 
     def whole_errors(self, scatter: float) -> Floats:
         """Errors with the scatter about a curve, [N]."""

@@ -199,8 +199,8 @@ def fit_tokens(measured: Sequence[BudgetOptimum], *, replicates: int = 2000, see
     columns = np.stack([np.log(optima.students / student), logs - np.log(middle)], axis=1)
     if np.linalg.matrix_rank(np.column_stack([np.ones(len(logs)), columns]), tol=1e-6) < 3:
         raise LawError(
-            "tokens per parameter and students move together, so that their effects cannot be told apart; run a student "
-            "at two budgets"
+            "tokens per parameter and students move together, so that their effects cannot be told apart; run a "
+            "student at two budgets"
         )
     chain = Chain(optima, None, replicates, np.random.default_rng(seed), 0.95)
     # A ratio with a power of S as a further column is a power law.

@@ -135,6 +135,8 @@ class RoleLaw:
 
     Attributes:
         start, teacher, coupled: the ratios p, t and c, with intervals.
+        sides: -1 or 1 where all optima of start, teacher or coupled are at most, or at least, their grids' edge.
+        budget: at which they were measured, in words.
         gain: mean over students of what a second model gains, nats per token.
         students: how many it rests on.
     """
@@ -144,6 +146,8 @@ class RoleLaw:
     coupled: Estimate
     gain: float
     students: int
+    sides: tuple[int, int, int] = (0, 0, 0)
+    budget: str = ""
 
     def predict(self, student: float) -> tuple[float, float, float]:
         """The best start and teacher, and the best model for both, of a student; parameters."""
@@ -151,7 +155,7 @@ class RoleLaw:
         return self.start.value * scale, self.teacher.value * scale, self.coupled.value * scale
 
 
-def fit_roles(surfaces: Sequence[RoleSurface], *, replicates: int = 2000, seed: int = 0) -> RoleLaw:
+def fit_roles(surfaces: Sequence[RoleSurface], *, budget: str = "", replicates: int = 2000, seed: int = 0) -> RoleLaw:
     """The ratios of both roles through the optima of several students, censored ones as bounds.
 
     A role all of whose optima are censored has no ratio of its own: the geometric mean of the edges is given, without
@@ -162,13 +166,14 @@ def fit_roles(surfaces: Sequence[RoleSurface], *, replicates: int = 2000, seed: 
     if not surfaces:
         raise LawError("no student's roles were varied apart; a law of them needs one at least")
     students = np.array([surface.student for surface in surfaces])
-    ratios = []
+    ratios, bounds = [], []
     for role in ("start", "teacher", "coupled"):
         rows: list[RoleOptimum] = [getattr(surface, role) for surface in surfaces]
         logs, sides = np.log([row.scale for row in rows]), np.array([row.side for row in rows])
         edges = np.log([row.edges for row in rows])
         floors = np.where(edges[:, 0] > np.log(students), np.log(students), -np.inf)
         optima = Optima(students, logs, sides, np.array([row.error or 0.0 for row in rows]), edges, floors)
+        bounds.append(int(sides[0]) if (sides == sides[0]).all() else 0)
         if not (sides == 0).any():
             ratios.append(Estimate(float(np.exp((logs - np.log(students)).mean())), None, None))
             continue
@@ -178,7 +183,8 @@ def fit_roles(surfaces: Sequence[RoleSurface], *, replicates: int = 2000, seed: 
         if ratio.low is None and len(rows) == 1 and only.low is not None and only.high is not None:
             ratio = Estimate(ratio.value, only.low / students[0], only.high / students[0])
         ratios.append(ratio)
-    return RoleLaw(*ratios, gain=float(np.mean([s.gain.value for s in surfaces])), students=len(surfaces))
+    gain, (start, teacher, coupled) = float(np.mean([s.gain.value for s in surfaces])), bounds
+    return RoleLaw(*ratios, gain=gain, students=len(surfaces), sides=(start, teacher, coupled), budget=budget)
 
 
 def _design(p: Floats, t: Floats) -> Floats:

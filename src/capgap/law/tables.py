@@ -1,4 +1,4 @@
-"""Losses or optima from a table that somebody else made: CSV, TSV, JSONL or Parquet."""
+"""Losses or optima from a table that somebody else made, or that a study exported: CSV, TSV, JSONL or Parquet."""
 
 import csv
 import json
@@ -20,14 +20,30 @@ _NAMES = {
     "loss": ("loss", "nats"),
     "seed": ("seed",),
     "tokens": ("tokens",),
+    # As `capgap study export` writes them.
+    "name": ("student",),
+    "condition": ("condition",),
+    "kind": ("kind",),
+    "start": ("start_scale",),
+    "point": ("point",),
 }
 
 
 @dataclass(frozen=True)
-class LossTable:
-    """A table of losses: the observations of each budget of tokens; one budget, named "", where no tokens are given."""
+class LossRow:
+    """One run: its losses and scales; tokens trained on, None where not given; the student's name; its condition."""
 
-    budgets: dict[str, list[Observation]]
+    run: Observation
+    tokens: int | None = None
+    name: str = ""
+    condition: str = ""
+
+
+@dataclass(frozen=True)
+class LossTable:
+    """A table of losses."""
+
+    rows: list[LossRow]
 
 
 @dataclass(frozen=True)
@@ -43,52 +59,79 @@ def read_table(path: Path) -> LossTable | OptimaTable:
 
     Columns, in any case and order: `student` and `teacher` (parameters, such as 28000000 or 28M), `loss` (nats per
     token; without it the rows are optima), and where there are several runs of a pair `seed`, `tokens`. Others are
-    not read.
+    not read, but for those of `capgap study export`: runs that were not distilled, whose start is another model than
+    their teacher, or that had not ended, are left out.
 
     Raises: LawError that names the file, and the row and column where a value is missing or is no number.
     """
     rows = _rows(path)
-    if not rows:
-        raise LawError(f"{path}: holds no rows")
-    columns = {name: _column(rows[0], choices) for name, choices in _NAMES.items()}
+    heads = list(dict.fromkeys(head for row in rows for head in row))
+    columns = {name: _column(heads, choices) for name, choices in _NAMES.items()}
     for name in ("student", "teacher"):
         if columns[name] is None:
             raise LawError(
-                f"{path}: no column for the {name}'s parameters; it has {', '.join(rows[0])}; call one {name}_scale"
+                f"{path}: no column for the {name}'s parameters; it has {', '.join(heads)}; call one {name}_scale"
             )
-    students = [_scale(path, number, row, columns["student"]) for number, row in enumerate(rows, start=1)]
-    teachers = [_scale(path, number, row, columns["teacher"]) for number, row in enumerate(rows, start=1)]
+    kept = [(number, row) for number, row in enumerate(rows, start=1) if _is_coupled(row, columns)]
+    if not kept:
+        raise LawError(f"{path}: holds no rows of students that were distilled from the model they were cut from")
+    students = [_scale(path, number, row, columns["student"]) for number, row in kept]
+    teachers = [_scale(path, number, row, columns["teacher"]) for number, row in kept]
     if columns["loss"] is None:
+        if len(set(students)) < len(students):
+            raise LawError(
+                f"{path}: a student is there twice, so its rows are not optima, and no column is called loss (it has "
+                f"{', '.join(heads)}); call that of the losses, in nats per token, loss"
+            )
         return OptimaTable(students, teachers)
-    budgets: dict[str, list[Observation]] = {}
-    for number, (row, student, teacher) in enumerate(zip(rows, students, teachers, strict=True), start=1):
+    found = []
+    for (number, row), student, teacher in zip(kept, students, teachers, strict=True):
         loss = _number(path, number, row, columns["loss"])
         seed = int(_number(path, number, row, columns["seed"])) if columns["seed"] else 0
-        tokens = row.get(columns["tokens"]) if columns["tokens"] else None
-        name = "" if tokens in (None, "") else f"{tokens} tokens"
-        budgets.setdefault(name, []).append(Observation(student, teacher, loss, seed))
-    return LossTable(budgets)
+        told = row.get(columns["tokens"] or "")
+        tokens = None if told in (None, "") else int(_scale(path, number, row, columns["tokens"]))
+        name = str(row.get("student") or "") if columns["student"] != columns["name"] else ""
+        condition = str(row.get(columns["condition"] or "") or "")
+        found.append(LossRow(Observation(student, teacher, loss, seed), tokens, name, condition))
+    return LossTable(found)
+
+
+def _is_coupled(row: dict[str, Any], columns: dict[str, str | None]) -> bool:
+    """Whether a row is of the paper's way, and of a run that ended; all are, where a table does not say."""
+    kind, start, point, teacher = (row.get(columns[name] or "") for name in ("kind", "start", "point", "teacher"))
+    coupled = columns["start"] is None or (start not in (None, "") and start == teacher)
+    return coupled and kind in (None, "", "distill") and point in (None, "", "final")
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise LawError(f"{path}: no such file")
+    rows: list[Any] = []
     try:
         if path.suffix == ".parquet":
-            return parquet.read_table(path).to_pylist()
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix in (".jsonl", ".json"):
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        if path.suffix in (".csv", ".tsv"):
-            return list(csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ","))
+            rows = parquet.read_table(path).to_pylist()
+        elif path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        elif path.suffix in (".csv", ".tsv"):
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            rows = list(csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ","))
+        else:
+            raise LawError(f"{path}: the ending says the format; it must be .csv, .tsv, .jsonl or .parquet")
     except (ArrowInvalid, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise LawError(f"{path}: cannot be read as {path.suffix[1:]} ({str(error).splitlines()[0]})") from None
-    raise LawError(f"{path}: the ending says the format; it must be .csv, .tsv, .jsonl or .parquet")
+    if not rows:
+        raise LawError(f"{path}: holds no rows")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise LawError(f"{path} row {number}: {str(row)[:40]!r} is no object of columns and values")
+        if None in row:
+            raise LawError(f"{path} row {number}: has more values than the first line has columns")
+    return rows
 
 
-def _column(row: dict[str, Any], choices: Sequence[str]) -> str | None:
-    known = {name.strip().lower(): name for name in row if name is not None}
+def _column(heads: Sequence[str], choices: Sequence[str]) -> str | None:
+    known = {name.strip().lower(): name for name in heads}
     return next((known[choice] for choice in choices if choice in known), None)
 
 

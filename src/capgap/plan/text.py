@@ -151,7 +151,12 @@ def _apart(plan: "Plan") -> list[str]:
     if (found := plan.apart) is None:
         return []
     law = found.law
-    ratios = f"start {law.start.value:.2f} S, teacher {law.teacher.value:.2f} S, one for both {law.coupled.value:.2f} S"
+    names = ("start", "teacher", "one for both")
+    ratios = ", ".join(
+        f"{name} { {-1: 'at most ', 0: '', 1: 'at least '}[side] }{ratio.value:.2f} S"
+        for name, ratio, side in zip(names, (law.start, law.teacher, law.coupled), law.sides, strict=True)
+    )
+    ratios += f"; at {law.budget}" if law.budget else ""
     if found.start is found.teacher:
         return [f"roles apart, by your own runs ({ratios}): {found.start.name} is the best for both"]
     return [

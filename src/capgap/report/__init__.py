@@ -1,7 +1,7 @@
 """Reports: figures, one self-contained page, and a table for the terminal."""
 
 from capgap.report.analysis import Analysis, analyse
-from capgap.report.beside import as_condition, read_studies
+from capgap.report.beside import as_condition, read_studies, records_of_table
 from capgap.report.figures import law_figure, loss_against_teacher, roles_figure, training_curves
 from capgap.report.own import OwnLaws, own_laws_of
 from capgap.report.page import write_page
@@ -30,6 +30,7 @@ __all__ = [
     "own_laws_of",
     "picks_of",
     "read_studies",
+    "records_of_table",
     "role_bars",
     "roles_figure",
     "second_law_of",

@@ -268,5 +268,5 @@ def _roles(records: Sequence[RunRecord], notes: list[str]) -> list[BudgetRoles]:
             surface = _or_note(lambda s=student, o=runs: find_roles(s, o), f"Roles at {budget}", notes)
             surfaces += [surface] if surface else []
         if surfaces:
-            found.append(BudgetRoles(budget, tuple(surfaces), fit_roles(surfaces)))
+            found.append(BudgetRoles(budget, tuple(surfaces), fit_roles(surfaces, budget=budget)))
     return found

@@ -1,10 +1,11 @@
-"""Other studies beside one: another text, another family, each as a condition of its own."""
+"""What comes to a study's records from elsewhere: other studies as conditions, and tables of losses."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from capgap import records as files
 from capgap.errors import LawError
+from capgap.law import LossTable, scale_text
 from capgap.records import RunRecord
 
 
@@ -33,3 +34,35 @@ def as_condition(records: Sequence[RunRecord], name: str) -> list[RunRecord]:
         for r in records
         if r.kind != "pretrain"
     ]
+
+
+def records_of_table(table: LossTable) -> list[RunRecord]:
+    """A table's rows as records of the paper's way, for the analysis alone: what a table does not say is left open."""
+    found = []
+    for number, row in enumerate(table.rows):
+        teacher = scale_text(row.run.teacher)
+        found.append(
+            RunRecord(
+                run=f"row {number + 1}",
+                kind="distill",
+                student=row.name or scale_text(row.run.student),
+                student_scale=round(row.run.student),
+                teacher=teacher,
+                teacher_scale=round(row.run.teacher),
+                start=teacher,
+                start_scale=round(row.run.teacher),
+                tokens=row.tokens or 1,
+                condition=row.condition,
+                seed=row.run.seed,
+                loss=row.run.loss,
+                bits_per_byte=0.0,
+                flops=0.0,
+                seconds=0.0,
+                device="",
+                recipe={},
+                recipe_hash="",
+                data_hash="",
+                versions={},
+            )
+        )
+    return found

@@ -90,11 +90,15 @@ def _apart(
         starts = {r.start: float(r.start_scale or 0) for r in mine if r.start}
         teachers = {r.teacher: float(r.teacher_scale or 0) for r in mine if r.teacher}
         start, teacher, _ = law.predict(largest)
-        pair = _nearest(starts, start), _nearest(teachers, teacher)
+        # Of the pairs that were run, the nearest: a grid may not be full yet.
+        pair = min(
+            losses,
+            key=lambda pair: math.hypot(math.log(starts[pair[0] or ""] / start), math.log(teachers[pair[1]] / teacher)),
+        )
         note = f"start {law.start.value:.2f} S, teacher {law.teacher.value:.2f} S"
         found.append(_pick(mine[0], roles.name, True, "law of roles", pair, losses, note))
-        coupled = {name: scale for name, scale in teachers.items() if name in starts}
-        for rule, (wanted, words) in _simple(mine, own, second).items():
+        coupled = {name: scale for name, scale in teachers.items() if (name, name) in losses}
+        for rule, (wanted, words) in _simple(mine, own, second).items() if coupled else ():
             model = _nearest(coupled, wanted)
             found.append(_pick(mine[0], roles.name, True, rule, (model, model), losses, words))
     return found

@@ -6,7 +6,7 @@ from capgap.study.family import Family, Model
 from capgap.study.folder import read_spec
 from capgap.study.next import Advice, Proposal, flops_of_budget, next_trials
 from capgap.study.queue import Claim, Queue, read_records
-from capgap.study.race import Replayed, replay
+from capgap.study.replay import ForecastError, Replayed, forecast_errors, replay
 from capgap.study.spec import Budget, Grid, Member, Nano, Race, StudentSize, StudySpec
 from capgap.study.trials import Trial, trials_of
 from capgap.study.worker import Status, StudyStopped, Way, create_study, run_study, study_status
@@ -17,6 +17,7 @@ __all__ = [
     "Claim",
     "Cost",
     "Family",
+    "ForecastError",
     "Grid",
     "Member",
     "Model",
@@ -35,6 +36,7 @@ __all__ = [
     "estimate_study",
     "export_records",
     "flops_of_budget",
+    "forecast_errors",
     "next_trials",
     "read_records",
     "read_spec",

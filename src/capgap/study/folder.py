@@ -4,6 +4,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from capgap.errors import StudyError
 from capgap.files import hash_of, read_json, write_json
 from capgap.recipe import check
@@ -20,6 +22,12 @@ def own(spec: StudySpec, folder: Path, *, shared: bool) -> None:
         shared: whether its queue is in a database; that stays as it is too.
     Raises: StudyError if the folder holds another study, or its queue is elsewhere.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):  # two that start a study at one time must not make two of it
+        _own(spec, folder, shared=shared)
+
+
+def _own(spec: StudySpec, folder: Path, *, shared: bool) -> None:
     path = folder / _FILE
     fixed = spec.model_dump(mode="json", exclude=_MAY_GROW)
     number = uuid.uuid4().hex
@@ -36,7 +44,19 @@ def own(spec: StudySpec, folder: Path, *, shared: bool) -> None:
             raise StudyError(f"{folder}: students may be added after those it has; these were changed or reordered")
         check_place(folder, shared)
     study = spec.model_dump(mode="json", exclude_defaults=True)
-    write_json(path, {"id": number, "shared": shared, "fixed": fixed, "study": study})
+    told = {"id": number, "shared": shared, "fixed": fixed, "study": study}
+    if not path.is_file() or read_json(path) != told:
+        write_json(path, told)
+
+
+def disown(folder: Path) -> None:
+    """The folder is no study's again, as one whose queue could not be opened when it was made."""
+    (folder / _FILE).unlink(missing_ok=True)
+
+
+def holds_study(folder: Path) -> bool:
+    """Whether a study was made in the folder."""
+    return (folder / _FILE).is_file()
 
 
 def identity(folder: Path) -> str:

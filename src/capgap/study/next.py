@@ -6,9 +6,10 @@ before the run. Trials are taken one after another, each the one with the larges
 study's students for each FLOP (greedy V-optimal design, Fedorov 1972).
 """
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from capgap.law import BudgetOptimum, Observation, find_optimum, fit_law, fit_to
 from capgap.law.optimum import Floats, parabola
 from capgap.records import RunRecord
 from capgap.study.family import Family
+from capgap.study.spec import Budget, Grid
+from capgap.study.trials import shared_tokens
 
 GROWTH = 0.5
 """Exponent of tokens per parameter in T*/S where the records do not tell it: an assumption."""
@@ -35,6 +38,7 @@ class Proposal:
 
     Attributes:
         student: its index in the study; teachers: names; per_parameter: tokens for each of the student's parameters.
+        tokens: of each run, where the study gives counts of tokens; None where it gives tokens per parameter.
         flops: of these runs, without what longer runs take over from shorter ones.
     """
 
@@ -43,11 +47,12 @@ class Proposal:
     per_parameter: float
     seed: int
     flops: float
+    tokens: int | None = None
 
     def grid(self) -> str:
         """The line for the study's YAML file."""
         names = ", ".join(self.teachers)
-        budget = f"{self.per_parameter:g}x"
+        budget = f"{self.per_parameter:g}x" if self.tokens is None else str(self.tokens)
         return f"  - {{students: [{self.student}], teachers: [{names}], seeds: [{self.seed}], tokens: [{budget}]}}"
 
 
@@ -59,12 +64,14 @@ class Advice:
         before, after: standard deviation of ln T* by the law, mean over students, at the longest budget: now, and with
             all that is proposed.
         flops: of all of it.
+        has_grids: whether the study's file has grids, to which these are added.
     """
 
     proposals: tuple[Proposal, ...]
     before: float
     after: float
     flops: float
+    has_grids: bool = True
 
     def lines(self) -> list[str]:
         """The advice in words, and as grids for the study's YAML file."""
@@ -77,20 +84,25 @@ class Advice:
                 f"of {format_flops(self.flops)}, it should be {factors[1]:.2f}"
             ),
             "grids:",
+            *([] if self.has_grids else ["  - {}"]),  # what a file without grids stands for
             *(proposal.grid() for proposal in self.proposals),
         ]
 
 
 @dataclass
 class _Cell:
-    """A student at a budget: how often each of its teachers was run, and where its optimum is."""
+    """A student at a budget: the seeds with which each of its teachers was run, and where its optimum is."""
 
     student: int
     per_parameter: float
-    counts: dict[str, int]
+    runs: dict[str, set[int]]
     best: float
     inside: bool
-    seeds: set[int] = field(default_factory=set)
+    tokens: int | None = None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {name: len(seeds) for name, seeds in self.runs.items()}
 
 
 def next_trials(family: Family, records: Sequence[RunRecord], flops: float) -> Advice:
@@ -114,8 +126,10 @@ def next_trials(family: Family, records: Sequence[RunRecord], flops: float) -> A
         option, cost = options[int(np.argmax(gains))]
         design.add(option)
         left -= cost
-        found.append(Proposal(option.student, option.teachers, option.per_parameter, option.seed, cost))
-    return Advice(tuple(_joined(found)), before, design.spread(reach), flops - left)
+        tokens = design.tokens(option)
+        found.append(Proposal(option.student, option.teachers, option.per_parameter, option.seed, cost, tokens))
+    has_grids = family.spec.grids != [Grid()]
+    return Advice(tuple(_joined(found)), before, design.spread(reach), flops - left, has_grids)
 
 
 def flops_of_budget(text: str, records: Sequence[RunRecord]) -> float:
@@ -175,9 +189,12 @@ class _Design:
             if len(set(teachers)) < 3:
                 continue
             optimum = find_optimum(teachers, losses)
-            counts = {name: sum(r.teacher == name for r in rows) for name in {r.teacher for r in rows if r.teacher}}
+            runs: dict[str, set[int]] = {}
+            for r in rows:
+                runs.setdefault(r.teacher or "", set()).add(r.seed)
             inside = optimum.censored is None
-            cells.append(_Cell(student, ratio, counts, optimum.teacher, inside, {r.seed for r in rows}))
+            told = rows[0].tokens if _in_tokens(family, rows[0].tokens) else None
+            cells.append(_Cell(student, ratio, runs, optimum.teacher, inside, told))
             if len(rows) > 3:
                 variances.append((float(np.sum(np.square(optimum.residuals))), len(rows) - 3))
             if inside:
@@ -187,7 +204,7 @@ class _Design:
                 [Observation(float(r.student_scale), float(r.teacher_scale or 0), r.loss, r.seed) for r in seen],
                 replicates=0,
             )
-            optima += [BudgetOptimum(row, ratio) for row in law.optima if row.error]
+            optima += [BudgetOptimum(row, ratio) for row in law.optima if row.error is not None]
         if not cells:
             raise StudyError(
                 "no student has been distilled from three teachers that it was cut from yet; run those first"
@@ -227,8 +244,8 @@ class _Design:
         for cell in self._cells.values():
             if cell.inside:
                 for name in (n for n, count in cell.counts.items() if count < MOST_SEEDS):
-                    # Each teacher's next seed: the number of those it has, as seeds are counted from 0.
-                    found.append(_Option(cell.student, cell.per_parameter, (name,), cell.counts[name]))
+                    seed = next(s for s in itertools.count() if s not in cell.runs[name])
+                    found.append(_Option(cell.student, cell.per_parameter, (name,), seed))
         for student in self._places:
             longest = max(ratio for index, ratio in self._cells if index == student)
             longer = next((b for b in self._budgets if b > longest), float(f"{longest * STEP:.2g}"))
@@ -243,23 +260,20 @@ class _Design:
         return found
 
     def cost(self, option: _Option) -> float:
-        """FLOPs of the option's runs, without what is taken over from a shorter budget's run of the same seed."""
+        """FLOPs of the option's runs, without what each takes over from a shorter run of its teacher and seed."""
         family, block = self._family, self._family.spec.data.block
-        tokens = option.per_parameter * family.scales[option.student]
-        seeds = [
-            ratio
-            for (index, ratio), cell in self._cells.items()
-            if index == option.student and option.seed in cell.seeds
-        ]
-        shorter = [ratio for ratio in seeds if ratio < option.per_parameter]
-        if shorter and family.spec.distill.schedule == "wsd":
-            tokens -= (1 - family.spec.distill.decay) * max(shorter) * family.scales[option.student]
-        total = 0.0
+        tokens, total = self._whole(option.student, option.per_parameter), 0.0
         for name in option.teachers:
-            teacher = family.models[name].config
-            student = family.config(option.student, family.models[name])
-            total += flops_per_token(student, block).training + flops_per_token(teacher, block).forward
-        return total * tokens
+            shorter = [
+                ratio
+                for (index, ratio), cell in self._cells.items()
+                if index == option.student and ratio < option.per_parameter and option.seed in cell.runs.get(name, ())
+            ]
+            spared = self._spared(option.student, max(shorter), tokens) if shorter else 0
+            student, teacher = family.config(option.student, family.models[name]), family.models[name].config
+            per_token = flops_per_token(student, block).training + flops_per_token(teacher, block).forward
+            total += (tokens - spared) * per_token
+        return total
 
     def add(self, option: _Option) -> None:
         """Takes the option's runs as done."""
@@ -267,10 +281,30 @@ class _Design:
         if key not in self._cells:
             best = self._foretold(option.student, option.per_parameter)
             self._cells[key] = _Cell(option.student, option.per_parameter, {}, best, True)
-        cell = self._cells[key]
         for name in option.teachers:
-            cell.counts[name] = cell.counts.get(name, 0) + 1
-        cell.seeds.add(option.seed)
+            self._cells[key].runs.setdefault(name, set()).add(option.seed)
+
+    def tokens(self, option: _Option) -> int | None:
+        """The tokens of the option's runs, if the study counts them so; None if they are by the parameter."""
+        cell = self._cells.get((option.student, option.per_parameter))
+        if cell is not None and (cell.tokens is not None or any(_per_parameter(self._family))):
+            return cell.tokens
+        return None if any(_per_parameter(self._family)) else self._whole(option.student, option.per_parameter)
+
+    def _whole(self, student: int, ratio: float) -> int:
+        """A student's tokens at a budget, in whole steps."""
+        cell = self._cells.get((student, ratio))
+        if cell is not None and cell.tokens is not None:
+            return cell.tokens
+        budget = Budget(per_parameter=ratio)
+        return budget.of(self._family.scales[student], self._family.spec.distill.tokens_per_step)
+
+    def _spared(self, student: int, shorter: float, tokens: int) -> int:
+        """What a run of so many tokens takes over from one at a shorter budget."""
+        settings = self._family.spec.distill
+        short = settings.model_copy(update={"tokens": self._whole(student, shorter)})
+        long = settings.model_copy(update={"tokens": tokens})
+        return shared_tokens(short, long, self._family.spec.data.block)
 
     def _weight(self, student: int, ratio: float, counts: Mapping[str, int], best: float, inside: bool) -> Floats:
         """What a student's runs at a budget tell of the law, [3, 3]."""
@@ -303,6 +337,19 @@ class _Design:
         return 0.5 * (math.erf(high / math.sqrt(2)) - math.erf(low / math.sqrt(2)))
 
 
+def _per_parameter(family: Family) -> Iterator[bool]:
+    """Of each budget of the study whether it is by the parameter."""
+    spec = family.spec
+    return (budget.per_parameter is not None for grid in spec.grids for budget in spec.budgets(grid))
+
+
+def _in_tokens(family: Family, tokens: int) -> bool:
+    """Whether a run's tokens are one of the counts that the study gives."""
+    spec, step = family.spec, family.spec.distill.tokens_per_step
+    counts = {b.of(1, step) for grid in spec.grids for b in spec.budgets(grid) if b.tokens is not None}
+    return tokens in counts
+
+
 def _assumed(cells: Sequence[_Cell], scales: Sequence[int]) -> Floats:
     """T* = c S (D/S)^GROWTH through the optima that there are, censored ones at their edges."""
     logs = [math.log(c.best / scales[c.student]) - GROWTH * math.log(c.per_parameter) for c in cells]
@@ -317,5 +364,5 @@ def _joined(proposals: Sequence[Proposal]) -> list[Proposal]:
         before = found.get(key)
         teachers = (*before.teachers, *p.teachers) if before else p.teachers
         flops = p.flops + (before.flops if before else 0.0)
-        found[key] = Proposal(p.student, tuple(dict.fromkeys(teachers)), p.per_parameter, p.seed, flops)
+        found[key] = Proposal(p.student, tuple(dict.fromkeys(teachers)), p.per_parameter, p.seed, flops, p.tokens)
     return list(found.values())

@@ -18,7 +18,7 @@ from capgap.records import RunRecord
 from capgap.study.owner import known_dead, me
 from capgap.study.race import judge
 from capgap.study.storage import Heart, Storage, patient, uninterrupted
-from capgap.study.trials import Trial
+from capgap.study.trials import Raced, Trial
 
 RECORDS = "records.jsonl"
 DEATHS = 20
@@ -103,6 +103,10 @@ class Queue:
                     )
                 elif known[trial.name] != trial:
                     self._change(rows[trial.name], trial)
+            # What is finished keeps its trial as it was; which races there are now, the file alone says.
+            raced = {trial.name: trial.race.model_dump() for trial in trials if trial.race}
+            if self._study.user_attrs.get("races") != raced:
+                self._study.set_user_attr("races", raced)
             self._settle_races()
 
     def _change(self, row: FrozenTrial, trial: Trial) -> None:
@@ -252,7 +256,9 @@ class Queue:
     def _settle_races(self) -> set[str]:
         """Ends what its race stops, and has wait again what it no longer stops; those that wait for others of it."""
         rows = self.rows()
-        trials = [_trial(row) for row in rows]
+        races = self._study.user_attrs.get("races", {})
+        raced = {name: Raced(**race) for name, race in races.items()}
+        trials = [trial.model_copy(update={"race": raced.get(trial.name)}) for trial in map(_trial, rows)]
         if not any(trial.race for trial in trials):
             return set()
         found = {_name(row): _record(row.user_attrs["record"]) for row in rows if row.state == TrialState.COMPLETE}

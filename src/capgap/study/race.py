@@ -15,8 +15,7 @@ from typing import Any
 from capgap.cost import format_count
 from capgap.errors import StudyError
 from capgap.records import RunRecord
-from capgap.study.forecast import Point, forecast
-from capgap.study.spec import Race
+from capgap.study.forecast import Forecast, Point, forecast
 from capgap.study.trials import Raced, Trial
 
 OPTIMISM = 2.0
@@ -39,18 +38,23 @@ def judge(trials: Sequence[Trial], records: Mapping[str, RunRecord], failed: Col
     """
     found = Verdicts()
     for key, race in {_key(trial, trial.race): trial.race for trial in trials if trial.race}.items():
-        members = [trial for trial in trials if trial.kind == "distill" and _key(trial, race) == key]
-        _Heats(race, members, records, failed).judge(found)
+        Heats(race, _members(trials, key, race), records, failed).judge(found)
     return found
 
 
 def may_be_stopped(trials: Sequence[Trial]) -> set[str]:
     """Names of the trials that a race may stop: those that are not of its first heat."""
-    first: dict[object, int] = {}
-    raced = [(trial, _key(trial, trial.race)) for trial in trials if trial.race]
-    for trial, key in raced:
-        first[key] = min(trial.tokens, first.get(key, trial.tokens))
-    return {trial.name for trial, key in raced if trial.tokens > first[key]}
+    found = set()
+    for key, race in {_key(trial, trial.race): trial.race for trial in trials if trial.race}.items():
+        members = _members(trials, key, race)
+        first = min(trial.tokens for trial in members)
+        found |= {trial.name for trial in members if trial.race and trial.tokens > first}
+    return found
+
+
+def _members(trials: Sequence[Trial], key: object, race: Raced) -> list[Trial]:
+    """The trials of a race, and those of the same teachers that are run in any case: they count in it."""
+    return [t for t in trials if t.kind == "distill" and t.race in (None, race) and _key(t, race) == key]
 
 
 def _key(trial: Trial, race: Raced) -> object:
@@ -60,7 +64,7 @@ def _key(trial: Trial, race: Raced) -> object:
     return *same, start, race.model_dump_json()
 
 
-class _Heats:
+class Heats:
     """One race: its trials up to the largest budget in which it may stop some."""
 
     def __init__(
@@ -106,10 +110,8 @@ class _Heats:
 
     def _stopped(self, tokens: int, further: int, ran: Collection[str | None]) -> dict[str | None, str]:
         """Those of the teachers that ran the heat of `tokens` that do not run the next, of `further`."""
-        order = sorted(self.scales, key=lambda teacher: (self.scales[teacher], teacher or ""))
-        scales = tuple(float(self.scales[teacher]) for teacher in order)
-        seen = forecast(scales, self._points(order, tokens), self.target) if ran else None
-        if seen is None:
+        order, seen = self.forecast(tokens)
+        if not ran or seen is None:
             return {}
         best = min(ran, key=lambda teacher: seen.loss_N[order.index(teacher)])
         above_N, error_N = seen.above(order.index(best))
@@ -119,20 +121,8 @@ class _Heats:
         margin = self.race.tolerance * min(losses[teacher] for teacher in ran)
         hopeful = [teacher for teacher in ran if above[teacher] - OPTIMISM * error[teacher] <= margin]
 
-        cost: dict[str | None, float] = {}
-        for trial in self._of(further):
-            cost[trial.teacher] = cost.get(trial.teacher, 0.0) + (self._flops(trial) if trial.race else 0.0)
-        anyway = {trial.teacher for trial in self._of(further)}
-        anyway -= {trial.teacher for trial in self._of(further) if trial.race}
-        allowance = self._left(tokens) / sum(budget > tokens for budget in self.budgets)
-        allowance -= math.fsum(self._flops(trial) for trial in self._of(further) if not trial.race)
-        kept = set(anyway)
-        for teacher in sorted(hopeful, key=lambda teacher: (above[teacher], self.scales[teacher])):
-            if teacher not in kept and cost.get(teacher, 0.0) <= allowance:
-                kept.add(teacher)
-                allowance -= cost.get(teacher, 0.0)
-        if kept == anyway:
-            kept.add(best)  # nobody can be paid for: somebody must arrive
+        ranked = sorted(hopeful, key=lambda teacher: (above[teacher], self.scales[teacher]))
+        kept = self._paid_for(ranked, tokens, further)
         when = f"after {format_count(tokens)} tokens its loss at {format_count(self.target)} is forecast"
         reasons = {}
         for teacher in set(ran) - kept:
@@ -143,6 +133,43 @@ class _Heats:
                 if teacher == best:
                     reasons[teacher] = f"{when} to be the lowest, but it would take the race over {share}"
         return reasons
+
+    def forecast(self, tokens: int) -> tuple[list[str | None], Forecast | None]:
+        """The teachers, and what is forecast after the heat of `tokens` of their losses at the largest budget."""
+        order = sorted(self.scales, key=lambda teacher: (self.scales[teacher], teacher or ""))
+        scales = tuple(float(self.scales[teacher]) for teacher in order)
+        return order, forecast(scales, self._points(order, tokens), self.target)
+
+    def _paid_for(self, ranked: Sequence[str | None], tokens: int, further: int) -> set[str | None]:
+        """Those of the teachers, the best forecast first, that the race can pay for in the heat of `further`.
+
+        The first of them that can be paid for until the end is kept in any case, so that one arrives within the share;
+        if there is none, the one that costs least.
+        """
+        ahead = [trial for trial in self.trials if trial.tokens > tokens]
+        spared = math.fsum(self._flops(trial) for trial in ahead if not trial.race)
+        left = self._left(tokens) - spared
+        now, whole = self._cost(self._of(further)), self._cost(ahead)
+        runs_anyway = {t.teacher for t in self._of(further)} - {t.teacher for t in self._of(further) if t.race}
+        arrives = next((teacher for teacher in ranked if whole.get(teacher, 0.0) <= left), None)
+        if arrives is None:
+            arrives = min(ranked, key=lambda teacher: whole.get(teacher, 0.0))
+        kept = {*runs_anyway, arrives}
+        allowance = self._left(tokens) / sum(budget > tokens for budget in self.budgets)
+        allowance -= math.fsum(self._flops(trial) for trial in self._of(further) if not trial.race)
+        allowance = min(allowance - now.get(arrives, 0.0), left - whole.get(arrives, 0.0))
+        for teacher in ranked:
+            if teacher not in kept and now.get(teacher, 0.0) <= allowance:
+                kept.add(teacher)
+                allowance -= now.get(teacher, 0.0)
+        return kept
+
+    def _cost(self, trials: Sequence[Trial]) -> dict[str | None, float]:
+        """FLOPs of each teacher's trials of these that a race may stop."""
+        found: dict[str | None, list[float]] = {}
+        for trial in trials:
+            found.setdefault(trial.teacher, []).append(self._flops(trial) if trial.race else 0.0)
+        return {teacher: math.fsum(flops) for teacher, flops in found.items()}
 
     def _mean_losses(self, tokens: int) -> dict[str | None, float]:
         """The loss of each teacher that ran a heat with all of its seeds, nats per token, their mean."""
@@ -189,129 +216,3 @@ def _scale(record: RunRecord) -> int:
 def _at_full_rate(row: Mapping[str, float], recipe: Mapping[str, Any]) -> bool:
     """Whether a point is of the constant part of `wsd`, which runs of more tokens share."""
     return recipe.get("schedule") == "wsd" and "lr" in row and math.isclose(row["lr"], recipe["lr"])
-
-
-@dataclass(frozen=True)
-class Replayed:
-    """What a race would have come to, beside the full grid that was run.
-
-    Attributes:
-        student, condition: whose race; seeds: of the longest heat; tokens: its heats.
-        heats: the teachers that ran each.
-        teacher, loss: the winner, the lowest at the largest budget; nats per token, the mean over its seeds.
-        best_teacher, best_loss: of the full grid.
-        share: of the full grid's FLOPs that the race took, the pretraining of teachers aside.
-    """
-
-    student: str
-    condition: str
-    seeds: tuple[int, ...]
-    tokens: tuple[int, ...]
-    heats: tuple[tuple[str, ...], ...]
-    teacher: str
-    loss: float
-    best_teacher: str
-    best_loss: float
-    share: float
-
-    @property
-    def above(self) -> float:
-        """How far the winner's loss is above the full grid's best, as a share of it."""
-        return self.loss / self.best_loss - 1
-
-
-def replay(records: Sequence[RunRecord], race: Race | None = None) -> list[Replayed]:
-    """Races on the records of full grids, with nothing shown before it would have been run.
-
-    One for each student and condition whose teachers are each their own start, and for each two or more budgets that
-    all its teachers were run at: the longest of them, and each shorter one in its place. Of a budget those seeds count
-    with which all teachers were run.
-    """
-    coupled = [record for record in records if record.kind == "distill" and record.start == record.teacher]
-    found = []
-    for group in dict.fromkeys((r.student_scale, r.student, r.condition) for r in sorted(coupled, key=_place)):
-        mine = [r for r in coupled if (r.student_scale, r.student, r.condition) == group]
-        teachers = {r.teacher for r in mine}
-        heats = [
-            heat
-            for tokens in sorted({r.tokens for r in mine})
-            if (heat := _full(teachers, [r for r in mine if r.tokens == tokens]))
-        ]
-        for last in range(1, len(heats) if len(teachers) > 1 else 0):
-            found.append(_replayed(heats[: last + 1], race or Race()))
-    return found
-
-
-def _place(record: RunRecord) -> tuple[int, str, str, int]:
-    return record.student_scale, record.student, record.condition, record.seed
-
-
-def _full(teachers: Collection[str | None], records: Sequence[RunRecord]) -> list[RunRecord]:
-    """Those of the seeds with which all teachers were run."""
-    ran = {seed: {r.teacher for r in records if r.seed == seed} for seed in {r.seed for r in records}}
-    return [r for r in records if ran[r.seed] == teachers]
-
-
-def _replayed(grid: Sequence[Sequence[RunRecord]], race: Race) -> Replayed:
-    """`grid`: the records of each heat."""
-    records = [record for heat in grid for record in heat]
-    by_name = {record.run: record for record in records}
-    raced = Raced(**race.model_dump(), coupled=True)
-    # A trunk is whatever run of the grid spared the tokens that the record says.
-    names = {(r.teacher, r.seed, r.tokens): r.run for r in records}
-    budgets = [heat[0].tokens for heat in grid]
-    trials = [
-        Trial(
-            name=r.run,
-            kind="distill",
-            student=0,
-            start=r.start,
-            teacher=r.teacher,
-            seed=r.seed,
-            tokens=r.tokens,
-            trunk=trunk if r.tokens_taken_over else None,
-            taken_over=r.tokens_taken_over if trunk else 0,
-            race=raced,
-        )
-        for r in records
-        for trunk in [_trunk(r, names, budgets)]
-    ]
-    shown: dict[str, RunRecord] = {}
-    while True:
-        verdicts = judge(trials, shown, ())
-        runs = by_name.keys() - shown.keys() - verdicts.stopped.keys() - verdicts.held
-        if not runs:
-            break
-        shown |= {name: by_name[name] for name in runs}
-    ran = [[r for r in heat if r.run in shown] for heat in grid]
-    (best, best_loss), (winner, loss) = _lowest(grid[-1]), _lowest(ran[-1])
-    first = records[0]
-    return Replayed(
-        student=first.student,
-        condition=first.condition,
-        seeds=tuple(sorted({r.seed for r in grid[-1]})),
-        tokens=tuple(budgets),
-        heats=tuple(tuple(_by_scale(heat)) for heat in ran),
-        teacher=winner,
-        loss=loss,
-        best_teacher=best,
-        best_loss=best_loss,
-        share=math.fsum(r.flops_spent for r in shown.values()) / math.fsum(r.flops_spent for r in records),
-    )
-
-
-def _trunk(record: RunRecord, names: Mapping[Any, str], budgets: Sequence[int]) -> str | None:
-    """The run of the same teacher and seed with the most tokens that are fewer, if there is one."""
-    known = [names.get((record.teacher, record.seed, tokens)) for tokens in budgets if tokens < record.tokens]
-    return next((name for name in reversed(known) if name), None)
-
-
-def _lowest(heat: Sequence[RunRecord]) -> tuple[str, float]:
-    """The teacher with the lowest mean loss, and that; nats per token."""
-    losses = {name: statistics.fmean(r.loss for r in heat if r.teacher == name) for name in _by_scale(heat)}
-    return min(losses.items(), key=lambda item: item[1])
-
-
-def _by_scale(heat: Sequence[RunRecord]) -> list[str]:
-    """The names of its teachers, from small to large."""
-    return list(dict.fromkeys(str(r.teacher) for r in sorted(heat, key=lambda r: r.teacher_scale or 0)))

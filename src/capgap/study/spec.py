@@ -15,7 +15,13 @@ class Budget(Section):
     """Tokens of a run: a count, or so many for each of the student's parameters."""
 
     tokens: Count | None = None
-    per_parameter: Annotated[float, Field(gt=0)] | None = None
+    per_parameter: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _given(self) -> "Budget":
+        if (self.tokens is None) == (self.per_parameter is None):
+            raise ValueError("a budget is tokens (3M) or tokens per parameter (30x)")
+        return self
 
     def of(self, scale: int, step: int) -> int:
         """Tokens for a student of `scale` parameters, in whole steps of `step` tokens."""

@@ -60,13 +60,20 @@ def patient(work: Callable[P, R]) -> Callable[P, R]:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Keeps requests to stop waiting until the block is done."""
-    both = {signal.SIGINT, signal.SIGTERM}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, both)
+    """Keeps requests to stop waiting until the block is done; in the main thread, as only that is asked."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[int] = []
+    # By handlers, not by a mask: the system would hand a masked signal to another thread, and Python to this one.
+    before = {n: signal.signal(n, lambda number, _: asked.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if asked:
+            signal.raise_signal(asked[0])
 
 
 class Storage:

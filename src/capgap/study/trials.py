@@ -1,5 +1,7 @@
 """The trials that a study is made of."""
 
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import Field
@@ -69,6 +71,7 @@ def trials_of(family: Family) -> list[Trial]:
     trials = []
     if spec.nano is not None:
         pretrain = spec.nano.pretrain
+        Schedule.of(pretrain, spec.data.block)  # which finds what does not go with the data
         trials = [
             Trial(name=m.name, kind="pretrain", member=m.name, seed=pretrain.seed, tokens=pretrain.tokens)
             for m in reversed(list(family.models.values()))
@@ -85,7 +88,43 @@ def trials_of(family: Family) -> list[Trial]:
             )
         if other.race != trial.race:  # what one of its grids has run, or races otherwise, is run
             found[trial.name] = other.model_copy(update={"race": None})
-    return list(found.values())
+    _check_races(found.values())
+    return _with_trunks(family, list(found.values()))
+
+
+def _check_races(trials: Iterable[Trial]) -> None:
+    """Raises StudyError where teachers of one student are in two races that differ in share or tolerance."""
+    races: dict[str, Raced] = {}
+    for trial in trials:
+        if trial.race is not None:
+            start = "each its own start" if trial.race.coupled else f"start {trial.start}"
+            of = f"student {trial.student}, {start}" + (f", {trial.condition}" if trial.condition else "")
+            if races.setdefault(of, trial.race) != trial.race:
+                raise StudyError(
+                    f"two grids race the teachers of {of}, with different share or tolerance; give both the same"
+                )
+
+
+def _with_trunks(family: Family, trials: Sequence[Trial]) -> list[Trial]:
+    """Each trial with the one of the next fewer tokens, of any grid, whose constant part it goes on from."""
+    cells: dict[str, list[Trial]] = {}
+    for trial in trials:
+        hints: dict[str, Any] = {"name": "", "tokens": 1, "race": None}
+        cells.setdefault(trial.model_copy(update=hints).model_dump_json(), []).append(trial)
+    trunks: dict[str, dict[str, Any]] = {}
+    for cell in cells.values():
+        ordered = sorted(cell, key=lambda trial: trial.tokens)
+        for short, long in itertools.pairwise(ordered if ordered[0].kind != "pretrain" else ()):
+            shared = shared_tokens(training_of(family, short), training_of(family, long), family.spec.data.block)
+            if shared:
+                trunks[long.name] = {"trunk": short.name, "taken_over": shared}
+    return [trial.model_copy(update=trunks.get(trial.name, {})) for trial in trials]
+
+
+def shared_tokens(short: Train, long: Train, block: int) -> int:
+    """The tokens of the constant part of a run that a longer one goes on from; 0 where it cannot."""
+    before, after = Schedule.of(short, block), Schedule.of(long, block)
+    return (before.branches_at or 0) * before.step_tokens if before.trunk == after.trunk else 0
 
 
 def training_of(family: Family, trial: Trial) -> Train:
@@ -173,7 +212,7 @@ def _named(
 
 
 def _budgets(family: Family, grid: Grid, cell: _Cell, seed: int) -> list[Trial]:
-    """The trials of one cell and seed, from the fewest tokens on, each going on from the one before."""
+    """The trials of one cell and seed, from the fewest tokens on."""
     spec, (student, start, teacher, coupled) = family.spec, cell
     race = Raced(**grid.race.model_dump(), coupled=coupled) if grid.race and teacher else None
     step = spec.distill.tokens_per_step
@@ -182,7 +221,6 @@ def _budgets(family: Family, grid: Grid, cell: _Cell, seed: int) -> list[Trial]:
         f"{family.student_names[student]}-from-{start.name if start else RANDOM}-by-{teacher.name if teacher else NONE}"
     )
     stem += f"-{grid.condition}" if grid.condition else ""
-    before: Schedule | None = None
     needs = sorted({m.name for m in (start, teacher) if m and m.member})
     trials: list[Trial] = []
     for count in tokens:
@@ -201,10 +239,6 @@ def _budgets(family: Family, grid: Grid, cell: _Cell, seed: int) -> list[Trial]:
             race=race,
         )
         # What does not go with the data, as a warm-up longer than the run, is found here.
-        schedule = Schedule.of(training_of(family, trial), spec.data.block)
-        if before is not None and before.branches_at and before.trunk == schedule.trunk:
-            shared = before.branches_at * before.step_tokens
-            trial = trial.model_copy(update={"trunk": trials[-1].name, "taken_over": shared})
+        Schedule.of(training_of(family, trial), spec.data.block)
         trials.append(trial)
-        before = schedule
     return trials

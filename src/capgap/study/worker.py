@@ -21,13 +21,13 @@ from capgap.pipeline import Corpus
 from capgap.progress import say, sharing_the_screen
 from capgap.records import RunRecord
 from capgap.study.family import Family
-from capgap.study.folder import check_place, identity, own, read_spec
+from capgap.study.folder import check_place, disown, holds_study, identity, own, read_spec
 from capgap.study.queue import Claim, Queue
 from capgap.study.run_trial import open_study_corpus, run_on_devices, run_trials
 from capgap.study.spec import StudySpec
 from capgap.study.trials import Trial, trials_of
 
-_SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_BETWEEN_LOOKS, _MOST_SECONDS_BETWEEN_LOOKS = 0.3, 3.0
 
 
 STOPPED = 3
@@ -85,8 +85,14 @@ def create_study(spec: StudySpec, folder: Path, way: Way = Way()) -> list[Trial]
     Returns: all its trials. Raises: StudyError if the folder holds another study.
     """
     trials = trials_of(Family(spec))
+    is_new = not holds_study(folder)
     own(spec, folder, shared=way.storage is not None)
-    queue = way.queue(folder, spec)
+    try:
+        queue = way.queue(folder, spec)
+    except StudyError:
+        if is_new:
+            disown(folder)
+        raise
     queue.add(trials)
     queue.close()
     return trials
@@ -197,14 +203,16 @@ def work_through(spec: StudySpec, folder: Path, way: Way = Way(), *, quiet: bool
     """Claims and runs trials until none is left. Raises StudyStopped on SIGINT or SIGTERM, after a checkpoint."""
     family, queue = Family(spec), way.queue(folder, spec)
     corpus = open_study_corpus(spec, folder, quiet=True)
+    pause = _SECONDS_BETWEEN_LOOKS
     with asked_to_stop(), sharing_the_screen():
         while queue.unfinished():
             if (now := read_spec(folder)) != spec:  # trials joined meanwhile
                 spec, family = now, Family(now)
             claims = queue.claim(spec.side_by_side)
             if not claims:
-                time.sleep(_SECONDS_BETWEEN_LOOKS)
+                time.sleep(pause := min(1.5 * pause, _MOST_SECONDS_BETWEEN_LOOKS))
                 continue
+            pause = _SECONDS_BETWEEN_LOOKS
             with queue.alive(claims) as heart:
                 try:
                     for claim, outcome in _outcomes(family, claims, corpus, folder, way, quiet=quiet):
