@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from capgap.study import export_records
 from report.made_up import from_random_weights, others, study, teachers
 from shell import capgap_here
 
@@ -26,6 +27,41 @@ def test_losses_about_the_papers_optima_return_its_constants(tmp_path):
     shown = capgap_here("law", "fit", "losses.csv", cwd=tmp_path).stdout
     assert "slope a: 2.498" in shown
     assert "intercept b, millions: -11.5" in shown
+
+
+def test_a_studys_export_says_what_its_records_say(tmp_path):
+    records = study(seeds=1)
+    (tmp_path / "records.jsonl").write_text(lines(records))
+    for name in ("a.csv", "a.jsonl", "a.parquet"):
+        export_records(records, tmp_path / name, points=True)
+    shown = [
+        capgap_here("law", "fit", name, cwd=tmp_path).stdout
+        for name in ("records.jsonl", "a.csv", "a.jsonl", "a.parquet")
+    ]
+    assert "T* = " in shown[0]
+    assert len(set(shown)) == 1
+
+
+def test_where_no_budget_has_a_law_it_says_so_and_fails(tmp_path):
+    rows = [f"1M,{t}M,3,0,{d}" for d in ("10M", "30M") for t in (2, 3, 4) for _ in range(2)]
+    (tmp_path / "twice.csv").write_text("\n".join(["student,teacher,loss,seed,tokens", *rows]) + "\n")
+    done = capgap_here("law", "fit", "twice.csv", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "is there twice" in " ".join(done.stdout.split())
+    assert "twice.csv: no law could be fitted at any of 2 budgets" in done.stderr
+
+
+def test_another_study_may_stand_beside(tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "records.jsonl").write_text(lines(study(seeds=1)))
+    shown = capgap_here("law", "fit", "one", "--beside", "other/records.jsonl", cwd=tmp_path).stdout
+    assert "conditions beside the paper's way" in shown
+    assert "other" in shown
+    (tmp_path / "a.csv").write_text("student,teacher\n28M,70M\n")
+    done = capgap_here("law", "fit", "a.csv", "--beside", "other", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--beside compares studies" in done.stderr
 
 
 def test_what_is_wrong_names_the_file(tmp_path):

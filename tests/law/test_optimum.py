@@ -65,6 +65,19 @@ def test_the_lowest_loss_at_the_edge_is_censored_even_if_the_vertex_is_inside():
     assert (found.censored, found.teacher, found.loss) == ("low", GRID[0], 2.99)
 
 
+def test_where_only_the_parabola_points_beyond_the_grid_the_next_teacher_bounds():
+    """The lowest loss is inside, clearly: to say that the optimum is at most the edge would be false."""
+    grid = list(np.geomspace(130e3, 4.8e6, 8))
+    losses = [3.60, 3.40, 3.50, 3.58, 3.63, 3.66, 3.68, 3.69]
+    assert not grid[0] <= parabola_minimum(grid, losses)[1] <= grid[-1]
+    found = find_optimum(grid, losses)
+    assert (found.censored, found.teacher, found.loss) == ("low", pytest.approx(grid[2]), 3.50)
+    assert not found.at_edge
+    mirrored = find_optimum(grid, losses[::-1])
+    assert (mirrored.censored, mirrored.teacher) == ("high", pytest.approx(grid[-3]))
+    assert find_optimum(GRID, bowl(GRID, 50e3)).at_edge
+
+
 def test_the_edge_is_judged_by_seed_means_not_by_one_lucky_seed():
     losses = bowl(GRID, 320e3)
     found = find_optimum([*GRID, GRID[0]], [*losses[:1], *losses[1:], losses[0] - 0.05])

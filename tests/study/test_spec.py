@@ -14,6 +14,8 @@ from study.small import study
         ({"teachers": ["a", "b"]}, "give either nano, a family to pretrain, or teachers"),
         ({"nano": None, "teachers": ["a"]}, "data.tokenizer is missing"),
         ({"tokens": ["tenx"]}, "tokens.0.*not a budget|'tenx' is not a budget"),
+        ({"tokens": ["infx"]}, r"tokens\.0"),
+        ({"tokens": [None]}, r"tokens\.0.*|a budget is tokens \(3M\) or tokens per parameter"),
         ({"grids": [{"students": [3]}]}, r"grids\.0\.students = 3: there are 1, counted from 0"),
         ({"grids": []}, "grids"),
         ({"roles": []}, "roles: unknown key"),

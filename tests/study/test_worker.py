@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections import Counter
 
@@ -25,6 +26,7 @@ from capgap.study import (
     trials_of,
     worker,
 )
+from capgap.study.storage import uninterrupted
 from shell import capgap, capgap_here
 from study.small import states, study
 
@@ -62,6 +64,53 @@ def test_more_trials_may_join_but_what_numbers_rest_on_may_not_change(tmp_path):
     (tmp_path / "study.json").write_text('{"fixed": {}}')
     with pytest.raises(StudyError, match=r"study\.json: of an older version"):
         study_status(tmp_path)
+
+
+def test_a_study_whose_storage_cannot_be_opened_is_not_made(tmp_path):
+    with pytest.raises(StudyError, match="give postgresql://"):
+        create_study(study(), tmp_path, Way(storage="sqlite:///somewhere"))
+    # What was advised works.
+    assert len(create_study(study(), tmp_path)) == 4
+
+
+def _create(folder, barrier):
+    barrier.wait()
+    create_study(study(), folder)
+
+
+def test_many_may_start_a_study_at_one_time(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(4)
+    pool = [context.Process(target=_create, args=(tmp_path, barrier)) for _ in range(4)]
+    for process in pool:
+        process.start()
+    for process in pool:
+        process.join(120)
+    assert [process.exitcode for process in pool] == [0] * 4
+    assert study_status(tmp_path).counts == {"waiting": 4}
+
+
+def test_a_request_to_stop_waits_for_the_end_of_what_must_not_be_cut():
+    """Also where another thread of the process is the one that the system hands the signal to."""
+    done, ended = [], threading.Event()
+    thread = threading.Thread(target=ended.wait)
+    thread.start()
+
+    def work():
+        with uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(50):
+                time.sleep(0.002)
+            done.append("whole")
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+    finally:
+        ended.set()
+        thread.join()
+    assert done == ["whole"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_signs_of_life_must_come_often_enough():

@@ -171,8 +171,10 @@ def fit_roles(surfaces: Sequence[RoleSurface], *, budget: str = "", replicates: 
         rows: list[RoleOptimum] = [getattr(surface, role) for surface in surfaces]
         logs, sides = np.log([row.scale for row in rows]), np.array([row.side for row in rows])
         edges = np.log([row.edges for row in rows])
+        errors = np.array([np.nan if row.error is None else row.error for row in rows])
+        errors = np.where(np.isnan(errors), np.nanmedian(errors) if not np.isnan(errors).all() else 0.0, errors)
         floors = np.where(edges[:, 0] > np.log(students), np.log(students), -np.inf)
-        optima = Optima(students, logs, sides, np.array([row.error or 0.0 for row in rows]), edges, floors)
+        optima = Optima(students, logs, sides, errors, edges, floors)
         bounds.append(int(sides[0]) if (sides == sides[0]).all() else 0)
         if not (sides == 0).any():
             ratios.append(Estimate(float(np.exp((logs - np.log(students)).mean())), None, None))
@@ -243,7 +245,8 @@ def _optimum(x_R: Floats, edges: tuple[float, float], middle: float) -> RoleOpti
         side=side,
         low=low,
         high=high,
-        error=float(x_R[1:].std()) or None if len(x_R) > 2 else None,
+        # Draws that all lie at an edge tell nothing of the error.
+        error=error if len(x_R) > 2 and (error := float(x_R[1:].std())) > 1e-9 else None,
         edges=(float(np.exp(edges[0] + middle)), float(np.exp(edges[1] + middle))),
     )
 

@@ -146,6 +146,9 @@ def _start(plan: "Plan") -> list[str]:
     return lines + _apart(plan)
 
 
+_EDGES = {-1: "at most ", 0: "", 1: "at least "}
+
+
 def _apart(plan: "Plan") -> list[str]:
     """What the user's own runs say of a start and a teacher that are two models."""
     if (found := plan.apart) is None:
@@ -153,7 +156,7 @@ def _apart(plan: "Plan") -> list[str]:
     law = found.law
     names = ("start", "teacher", "one for both")
     ratios = ", ".join(
-        f"{name} { {-1: 'at most ', 0: '', 1: 'at least '}[side] }{ratio.value:.2f} S"
+        f"{name} {_EDGES[side]}{ratio.value:.2f} S"
         for name, ratio, side in zip(names, (law.start, law.teacher, law.coupled), law.sides, strict=True)
     )
     ratios += f"; at {law.budget}" if law.budget else ""
