@@ -49,6 +49,31 @@ def test_tokens_are_found_to_matter_and_the_law_with_them_wins(analysis):
     assert analysis.scores[0].law.endswith("with tokens")
 
 
+def test_of_counts_of_tokens_each_student_has_its_own_for_a_parameter():
+    """T* = 3 S (D / 30 S)^0.5 at counts of tokens: the exponent of S is 1 at equal tokens per parameter."""
+    records = []
+    for count in (600_000, 1_800_000, 5_400_000):
+        runs = whole_study(best=lambda s, _, d=count: 3 * s * (d / s / 30) ** 0.5, budgets=(30,))
+        records += [r.model_copy(update={"tokens": count, "run": f"{r.run}-{count}"}) for r in runs]
+    found = analyse(records)
+    assert [b.name for b in found.budgets] == ["600k tokens", "1.8M tokens", "5.4M tokens"]
+    assert found.tokens.exponent.value == pytest.approx(1, abs=0.1)
+    assert found.tokens.tokens.value == pytest.approx(0.5, abs=0.1)
+    assert found.tokens.exponent.low < 1 < found.tokens.exponent.high
+    assert found.tokens.budgets == pytest.approx((600_000 / 160_000, 5_400_000 / 20_000))
+
+
+def test_a_budget_of_bounds_alone_counts_as_bounds():
+    low = whole_study(best=lambda s, _: 0.2 * s, budgets=(10,))
+    found = analyse([*low, *whole_study(best=lambda s, _: 3.2 * s, budgets=(30, 100))])
+    assert found.tokens.optima == (8, 4)
+    assert found.tokens.budgets == pytest.approx((10, 100))
+    assert found.scores[0].broken[1] == 4
+    across = next(test for of, test in found.tests if of == "all budgets")
+    assert across.details[0] == "10 tokens per parameter: bounds only"
+    assert across.p < 0.05
+
+
 def test_the_hypotheses_are_tested_at_each_budget_and_across(analysis):
     names = [(of, test.name[:2]) for of, test in analysis.tests]
     for budget in analysis.budgets:
@@ -160,6 +185,30 @@ def test_bounds_are_said_in_the_budgets_table():
     assert budget_rows(low)[0]["ratio T*/S"].startswith("at most 1.")
 
 
+def test_a_grid_of_roles_that_is_not_full_yet_is_reported(tmp_path):
+    records = roles_apart()
+    law = next(p for p in picks_of(records, analyse(records)) if p.rule == "law of roles")
+    missing = [r for r in records if (r.student, r.start, r.teacher) != ("s40k", law.start, law.teacher)]
+    pick = next(p for p in picks_of(missing, analyse(missing)) if p.rule == "law of roles")
+    assert (pick.start, pick.teacher) != (law.start, law.teacher)
+    apart = [r for r in records if r.start != r.teacher]
+    assert {p.rule for p in picks_of(apart, analyse(apart)) if p.apart} == {"law of roles"}
+    assert write_report(apart, tmp_path, title="t").page.is_file()
+
+
+def test_students_whose_scale_varies_with_their_start_are_one_student():
+    def vary(records):
+        wiggle = {name: 1 + 0.01 * (i % 3) for i, name in enumerate(MODELS)}
+        return [r.model_copy(update={"student_scale": round(r.student_scale * wiggle[r.start])}) for r in records]
+
+    picks = picks_of(vary(whole_study()), analyse(vary(whole_study())))
+    assert {p.teacher for p in picks if p.rule == "the largest"} == {"t1150k"}
+    assert {p.teacher for p in picks if p.rule == "the nearest above"} == {"t227k"}
+    assert len({p.loss for p in picks}) > 3
+    (roles,) = analyse(vary(roles_apart())).roles
+    assert len(roles.surfaces) == 2
+
+
 def test_the_report_shows_the_analysis(tmp_path, several):
     records = [*several, *roles_apart(coupled=False), run_of("s20k", None, None, 30, 0, 3.5)]
     report = write_report(records, tmp_path, title="t")
@@ -194,5 +243,9 @@ def test_own_laws_are_those_with_tokens_if_a_budget_is_given(several):
     without = own_laws_of(several, 50_000, None)
     assert "tokens per parameter" in without.told
     assert without.roles is None
+    # Far from what was measured the law with tokens tells nothing, and does not decide.
+    far = own_laws_of(whole_study(seeds=1, sigma=0.01), 10**10, 10**10 * 5000)
+    assert far.law.predict(10**10).method != "with tokens"
+    assert "is not used: for this student its interval is a factor of" in far.told
     one = own_laws_of(whole_study(budgets=(30,)), 50_000, 50_000 * 10)
     assert "yours has 10 for each" in one.told

@@ -52,6 +52,16 @@ def test_under_wsd_each_budget_goes_on_from_the_one_before():
     assert [t.tokens for t in trials[:6]] == sorted(t.tokens for t in trials[:6])
 
 
+def test_a_run_goes_on_from_a_shorter_one_of_any_grid_in_any_order():
+    apart = [{"tokens": ["4x"], "seeds": [0]}, {"tokens": ["1x"]}, {"tokens": ["2x"]}]
+    together = {t.name: t for t in of(tokens=["1x", "2x", "4x"], distill=WSD)}
+    for grids in (apart, apart[::-1]):
+        assert {t.name: t for t in of(grids=grids, tokens=["1x"], distill=WSD)} == together
+    # But not from another seed's, teacher's or condition's.
+    other = [{"tokens": ["1x"], "seeds": [1]}, {"tokens": ["2x"]}, {"tokens": ["4x"], "condition": "c"}]
+    assert not any(t.trunk for t in of(grids=other, tokens=["1x"], distill=WSD))
+
+
 def test_with_a_warmup_that_is_a_share_runs_do_not_go_on_from_others():
     """They differ from the first step on."""
     assert not any(trial.trunk for trial in of(tokens=["1x", "2x"], distill={**WSD, "warmup": 0.1}))

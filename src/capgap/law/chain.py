@@ -135,8 +135,8 @@ class Chain:
         fitted = Fitted(curve, theta)
         degrees = int((found.sides == 0).sum()) - curve.size
         if degrees > 0 and self.replicates:
-            squares = degrees if scatter else float(squares_of(curve, theta, found.logs, found.sides, errors)[0])
-            squares = max(squares, degrees) if degrees == 1 else squares
+            squares = float(squares_of(curve, theta, found.logs, found.sides, errors)[0])
+            squares = max(squares, degrees) if scatter or degrees == 1 else squares
             scale = np.minimum(np.sqrt(squares / self.rng.chisquare(degrees, self.replicates)), _WIDEST)
             middle = np.where(found.sides == 0, found.logs, curve.at(theta)[0][0])
             draws = found.drawn(middle, errors * scale[:, None], self.rng)

@@ -13,6 +13,8 @@ from capgap.law.optimum import Floats
 from capgap.law.published import check_scale, scale_text
 
 PUBLISHED_RATIO = 2.5
+_ROUNDED = 0.05
+"""By how much ln of the tokens per parameter may differ within one budget, as runs are of whole steps."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class LawScore:
         law: such as "line, with tokens".
         parameters: fitted.
         error: root mean square of measured less foretold ln T*; of a bound that holds it is 0, of a broken one how far
-            beyond it the foretold teacher lies.
+            beyond it the foretold teacher lies. Infinite where too few other scales are left to fit the law to.
         optima: how many optima were inside their grids.
         broken: bounds that the foretold teacher lies on the wrong side of, and how many there were.
     """
@@ -69,7 +71,7 @@ def compare_laws(measured: Sequence[BudgetOptimum]) -> list[LawScore]:
         raise LawError(
             "laws are compared by leaving out a student scale; three with an optimum in their grid are needed"
         )
-    several = len(np.unique(np.round(logs, 3))) > 1
+    several = _told_apart(optima, logs)
     scores = [_score("2.5 S", 0, optima, np.log(PUBLISHED_RATIO * optima.students))]
     for form in FORMS:
         for tokens in (False, True)[: 1 + several]:
@@ -190,14 +192,15 @@ def fit_tokens(measured: Sequence[BudgetOptimum], *, replicates: int = 2000, see
     """
     optima, logs = _arrays(measured)
     inside = optima.sides == 0
-    if inside.sum() < 3 or len(np.unique(optima.students[inside])) < 2 or len(np.unique(np.round(logs[inside], 2))) < 2:
+    budgets = {m.group or round(log, 2) for m, log, is_inside in zip(measured, logs, inside, strict=True) if is_inside}
+    if inside.sum() < 3 or len(np.unique(optima.students[inside])) < 2 or len(budgets) < 2:
         raise LawError(
             f"{int(inside.sum())} optima inside their grids; a law with tokens needs three, of two student scales and "
             "two budgets at least"
         )
     student, middle = np.exp(np.log(optima.students[inside]).mean()), np.exp(logs[inside].mean())
     columns = np.stack([np.log(optima.students / student), logs - np.log(middle)], axis=1)
-    if np.linalg.matrix_rank(np.column_stack([np.ones(len(logs)), columns]), tol=1e-6) < 3:
+    if not _told_apart(optima, logs):
         raise LawError(
             "tokens per parameter and students move together, so that their effects cannot be told apart; run a "
             "student at two budgets"
@@ -228,18 +231,25 @@ def _arrays(measured: Sequence[BudgetOptimum]) -> tuple[Optima, Floats]:
     return Optima.of([m.optimum for m in measured]), np.log([m.per_parameter for m in measured])
 
 
+def _told_apart(optima: Optima, logs: Floats) -> bool:
+    """Whether tokens per parameter vary by more than steps are rounded, and not just as the students' scales do."""
+    design = np.stack([np.ones(len(logs)), np.log(optima.students)], axis=1)
+    left = logs - design @ np.linalg.lstsq(design, logs, rcond=None)[0]
+    return float(np.abs(left).max()) > _ROUNDED
+
+
 def _fit(form: Form, optima: Optima, logs: Floats | None) -> Fitted:
     more = None if logs is None else logs[:, None]
     return Chain(optima, None, 0, np.random.default_rng(0), 0.95).fit(form, more).found
 
 
 def _foretell(fitted: Fitted, students: Floats, logs: Floats | None) -> Floats:
-    """ln T* of other students, beyond those it was fitted to also; NaN where a line names no positive teacher."""
+    """ln T* of other students, beyond those it was fitted to also; ln S where a line names no positive scale."""
     theta = fitted.theta_RK
     if fitted.curve.form == "line":
         slope, intercept = fitted.line()
-        with np.errstate(invalid="ignore"):
-            mean = np.log(slope[0] * students + intercept[0])
+        named = slope[0] * students + intercept[0]
+        mean = np.log(np.where(named > 0, named, students))
     elif fitted.curve.form == "power":
         mean = theta[0, 0] + theta[0, 1] * np.log(students / fitted.curve.students[0])
     else:

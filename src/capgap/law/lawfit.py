@@ -189,7 +189,9 @@ class LawFit:
         logs = [math.log(row.optimum.teacher / row.student) for row in self.optima]
         ratio = math.exp(math.fsum(logs) / len(logs))
         words = ("most", "smaller, so the next larger model is the best") if sides == {-1} else ("least", "larger")
-        note = f"a bound: in every grid the best teacher was at {words[0]} the edge; the optimum may be {words[1]}"
+        note = (
+            f"a bound: of every student the best teacher is known to be at {words[0]} some scale; it may be {words[1]}"
+        )
         low, high = (student, ratio * student) if sides == {-1} else (ratio * student, None)
         return Prediction(ratio * student, low, high, ratio, "bound", note)
 

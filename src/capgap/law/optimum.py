@@ -48,7 +48,7 @@ class Optimum:
     @property
     def at_edge(self) -> bool:
         """Whether the lowest loss was at the grid's edge, which bounds the optimum."""
-        return self.teacher in (self.grid[0], self.grid[-1])
+        return self.teacher == {None: None, "low": self.grid[0], "high": self.grid[-1]}[self.censored]
 
     @property
     def agrees(self) -> bool:

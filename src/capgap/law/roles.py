@@ -173,7 +173,9 @@ def fit_roles(surfaces: Sequence[RoleSurface], *, budget: str = "", replicates: 
         edges = np.log([row.edges for row in rows])
         errors = np.array([np.nan if row.error is None else row.error for row in rows])
         errors = np.where(np.isnan(errors), np.nanmedian(errors) if not np.isnan(errors).all() else 0.0, errors)
-        floors = np.where(edges[:, 0] > np.log(students), np.log(students), -np.inf)
+        # What a student is cut from is larger than it; what teaches it need not be.
+        cut = (edges[:, 0] > np.log(students)) & (role != "teacher")
+        floors = np.where(cut, np.log(students), -np.inf)
         optima = Optima(students, logs, sides, errors, edges, floors)
         bounds.append(int(sides[0]) if (sides == sides[0]).all() else 0)
         if not (sides == 0).any():

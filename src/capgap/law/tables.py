@@ -58,9 +58,9 @@ def read_table(path: Path) -> LossTable | OptimaTable:
     """Reads a table with a row for each run, or for each student's optimum.
 
     Columns, in any case and order: `student` and `teacher` (parameters, such as 28000000 or 28M), `loss` (nats per
-    token; without it the rows are optima), and where there are several runs of a pair `seed`, `tokens`. Others are
-    not read, but for those of `capgap study export`: runs that were not distilled, whose start is another model than
-    their teacher, or that had not ended, are left out.
+    token; without it the rows are optima, each student once), and where there are several runs of a pair `seed`,
+    `tokens`. Others are not read, but for those of `capgap study export`: runs that were not distilled, whose start is
+    another model than their teacher, or that had not ended, are left out.
 
     Raises: LawError that names the file, and the row and column where a value is missing or is no number.
     """
@@ -90,17 +90,18 @@ def read_table(path: Path) -> LossTable | OptimaTable:
         seed = int(_number(path, number, row, columns["seed"])) if columns["seed"] else 0
         told = row.get(columns["tokens"] or "")
         tokens = None if told in (None, "") else int(_scale(path, number, row, columns["tokens"]))
-        name = str(row.get("student") or "") if columns["student"] != columns["name"] else ""
-        condition = str(row.get(columns["condition"] or "") or "")
+        name = str(row.get(columns["name"] or "") or "") if columns["student"] != columns["name"] else ""
+        condition = str(row.get(columns["condition"] or "") or "") if columns["kind"] else ""
         found.append(LossRow(Observation(student, teacher, loss, seed), tokens, name, condition))
     return LossTable(found)
 
 
 def _is_coupled(row: dict[str, Any], columns: dict[str, str | None]) -> bool:
     """Whether a row is of the paper's way, and of a run that ended; all are, where a table does not say."""
+    if columns["kind"] is None or columns["start"] is None:  # not an export: its other columns mean what they mean
+        return True
     kind, start, point, teacher = (row.get(columns[name] or "") for name in ("kind", "start", "point", "teacher"))
-    coupled = columns["start"] is None or (start not in (None, "") and start == teacher)
-    return coupled and kind in (None, "", "distill") and point in (None, "", "final")
+    return kind == "distill" and start not in (None, "") and start == teacher and point in (None, "", "final")
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from capgap import records as files
 from capgap.errors import LawError
-from capgap.law import LossTable, scale_text
+from capgap.law import LossTable
 from capgap.records import RunRecord
+from capgap.report.rows import UNKNOWN
 
 
 def read_studies(records: Path, others: Sequence[Path] = ()) -> list[RunRecord]:
@@ -40,18 +41,18 @@ def records_of_table(table: LossTable) -> list[RunRecord]:
     """A table's rows as records of the paper's way, for the analysis alone: what a table does not say is left open."""
     found = []
     for number, row in enumerate(table.rows):
-        teacher = scale_text(row.run.teacher)
+        teacher = str(round(row.run.teacher))
         found.append(
             RunRecord(
                 run=f"row {number + 1}",
                 kind="distill",
-                student=row.name or scale_text(row.run.student),
+                student=row.name or str(round(row.run.student)),
                 student_scale=round(row.run.student),
                 teacher=teacher,
                 teacher_scale=round(row.run.teacher),
                 start=teacher,
                 start_scale=round(row.run.teacher),
-                tokens=row.tokens or 1,
+                tokens=row.tokens or UNKNOWN,
                 condition=row.condition,
                 seed=row.run.seed,
                 loss=row.run.loss,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from capgap.law import LawFit, Observation, published_teacher, scale_text
+from capgap.law import LawFit, Observation, StudentOptimum, published_teacher, scale_text
 from capgap.law.optimum import TEACHERS_NEEDED
 from capgap.records import RunRecord
 
@@ -23,12 +23,19 @@ def is_apart(record: RunRecord) -> bool:
     return record.kind == "distill" and record.start != record.teacher
 
 
+UNKNOWN = 1
+"""Tokens of a run that nobody told."""
+
+
 def budget_names(records: Sequence[RunRecord]) -> dict[str, str]:
     """The budget of each run: its tokens, such as `3M tokens`.
 
     Where those differ from student to student more than tokens per parameter do, these: `30 tokens per parameter`.
     """
-    ratios = {r.run: float(f"{r.tokens / r.student_scale:.2g}") for r in records}
+    if all(r.tokens == UNKNOWN for r in records):
+        return dict.fromkeys((r.run for r in records), "any tokens")
+    scales = student_scales(records)
+    ratios = {r.run: float(f"{r.tokens / scales[r.run][0]:.2g}") for r in records}
     per_parameter = len(set(ratios.values())) < len({r.tokens for r in records})
     unit = "tokens per parameter" if per_parameter else "tokens"
     return {r.run: f"{scale_text(ratios[r.run] if per_parameter else r.tokens)} {unit}" for r in records}
@@ -179,11 +186,18 @@ def optimum_rows(law: LawFit, names: dict[float, str]) -> list[Row]:
                 "T*/S": edge + f"{found.teacher / row.student:.2f}",
                 "loss there": f"{found.loss:.4f}",
                 "turn": f"{scale_text(found.turn[0])} to {scale_text(found.turn[1])}",
-                "status": f"censored at the {found.censored} edge" if found.censored else "inside the grid",
+                "status": _status(row),
                 "teachers": str(len(found.grid)),
             }
         )
     return rows
+
+
+def _status(row: StudentOptimum) -> str:
+    found = row.optimum
+    if not found.censored:
+        return "inside the grid"
+    return f"censored at the {found.censored} edge" if found.at_edge else "a bound: inside, but no parabola"
 
 
 def law_rows(law: LawFit) -> list[Row]:

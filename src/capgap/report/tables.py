@@ -103,16 +103,21 @@ def hypothesis_rows(tests: Sequence[tuple[str, Test]]) -> list[Row]:
 
 def condition_rows(conditions: Sequence[ConditionLaw], names: Mapping[float, str]) -> list[Row]:
     """One row a condition, budget and student: its optimum, beside the paper's way of the same student."""
+
+    def named(row: StudentOptimum) -> str:
+        return names.get(row.student, scale_text(row.student))
+
     found = []
     for law in conditions:
-        plain = {row.student: row for row in law.paper.optima} if law.paper and law.same else {}
+        # By name: a student's scale is a mean over its starts, and those may differ.
+        plain = {named(row): row for row in law.paper.optima} if law.paper and law.same else {}
         for row in law.law.optima:
-            other = plain.get(row.student)
+            other = plain.get(named(row))
             found.append(
                 {
                     "condition": law.condition,
                     "budget": law.budget,
-                    "student": names.get(row.student, scale_text(row.student)),
+                    "student": named(row),
                     "T*/S": _optimum(row),
                     "loss there": f"{row.optimum.loss:.4f}",
                     "the paper's way": _optimum(other) if other else "",

@@ -103,8 +103,8 @@ class Queue:
                     )
                 elif known[trial.name] != trial:
                     self._change(rows[trial.name], trial)
-            # What is finished keeps its trial as it was; which races there are now, the file alone says.
-            raced = {trial.name: trial.race.model_dump() for trial in trials if trial.race}
+            # What is finished keeps its trial as it was; in which race a trial of the file is now, the file says.
+            raced = {trial.name: trial.race and trial.race.model_dump() for trial in trials}
             if self._study.user_attrs.get("races") != raced:
                 self._study.set_user_attr("races", raced)
             self._settle_races()
@@ -125,7 +125,13 @@ class Queue:
             most: how many trials of one teacher and seed to claim.
         Returns: nothing, if there is none just now.
         """
-        return self._claim(most, uuid.uuid4().hex)
+        token = uuid.uuid4().hex
+        try:
+            return self._claim(most, token)
+        except KeyboardInterrupt:  # asked to stop meanwhile: nobody would run them
+            mine = [row for row in self.rows() if row.state == _RUNNING and self._is_mine(row, token)]
+            self.hand_back(Claim(row._trial_id, _trial(row), token) for row in mine)
+            raise
 
     @patient
     def _claim(self, most: int, token: str) -> list[Claim]:
@@ -256,9 +262,9 @@ class Queue:
     def _settle_races(self) -> set[str]:
         """Ends what its race stops, and has wait again what it no longer stops; those that wait for others of it."""
         rows = self.rows()
-        races = self._study.user_attrs.get("races", {})
-        raced = {name: Raced(**race) for name, race in races.items()}
-        trials = [trial.model_copy(update={"race": raced.get(trial.name)}) for trial in map(_trial, rows)]
+        told = self._study.user_attrs.get("races", {})
+        races = {name: race and Raced(**race) for name, race in told.items()}
+        trials = [t.model_copy(update={"race": races.get(t.name, t.race)}) for t in map(_trial, rows)]
         if not any(trial.race for trial in trials):
             return set()
         found = {_name(row): _record(row.user_attrs["record"]) for row in rows if row.state == TrialState.COMPLETE}
