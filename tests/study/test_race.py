@@ -232,7 +232,9 @@ def test_who_goes_on_is_who_may_win_and_can_be_paid_for(share, tolerance, seed):
     own = [next(t.tokens - t.taken_over for t in trials if t.tokens == tokens) for tokens in budgets]
     per_token = [2.0 * (r.teacher_scale or 0) + 72_000 for r in records]
     left = share * sum(own) * sum(per_token) - own[0] * sum(per_token)
-    hopeful = [i for i in order if above[i] - 2 * error[i] <= tolerance * min(r.loss for r in records)]
+    margin = tolerance * min(r.loss for r in records)
+    hopeful = [i for i in range(len(records)) if above[i] - 2 * error[i] <= margin]
+    hopeful.sort(key=lambda i: (max(0.0, above[i] - margin), i))  # of those as good as the best the smallest first
     whole = {i: (own[1] + own[2]) * per_token[i] for i in hopeful}
     # One that can be paid for until the end comes first, or else the cheapest; the heat has half of what is left.
     first_of_all = next((i for i in hopeful if whole[i] <= left), min(hopeful, key=lambda i: whole[i]))

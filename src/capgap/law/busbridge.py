@@ -216,7 +216,9 @@ def _fit(published: P, errors: Callable[[P], Floats], below: dict[str, float]) -
         part = type(published)(*np.exp(logs).tolist())
         return np.concatenate([errors(part) / _NOISE, (logs - start) / width])
 
-    found = least_squares(residuals, begin, bounds=(np.full(len(names), -np.inf), top), loss="soft_l1", max_nfev=4000)
+    with np.errstate(over="ignore"):  # coefficients that are tried on the way may be of any size
+        bounds = np.full(len(names), -np.inf), top
+        found = least_squares(residuals, begin, bounds=bounds, loss="soft_l1", max_nfev=4000)
     return type(published)(*np.exp(found.x).tolist())
 
 

@@ -156,7 +156,9 @@ def constant_ratio(
         f"H3: T*/S is constant across {across}",
         f"likelihood ratio {ratio:.3g}, {each.size - 1} more parameters",
         float(p),
-        f"ratios differ by up to a factor {np.exp(logs.max() - logs.min()):.2f}",
+        f"ratios differ by up to a factor {np.exp(logs.max() - logs.min()):.2f}"
+        if len(logs) > 1
+        else "bounds beside the optima of one alone",
         tuple(details),
     )
 

@@ -121,7 +121,8 @@ class Heats:
         margin = self.race.tolerance * min(losses[teacher] for teacher in ran)
         hopeful = [teacher for teacher in ran if above[teacher] - OPTIMISM * error[teacher] <= margin]
 
-        ranked = sorted(hopeful, key=lambda teacher: (above[teacher], self.scales[teacher]))
+        # Teachers forecast within the tolerance of the best are as good as it: of them the smallest, the cheapest, first.
+        ranked = sorted(hopeful, key=lambda teacher: (max(0.0, above[teacher] - margin), self.scales[teacher]))
         kept = self._paid_for(ranked, tokens, further)
         when = f"after {format_count(tokens)} tokens its loss at {format_count(self.target)} is forecast"
         reasons = {}
@@ -141,7 +142,7 @@ class Heats:
         return order, forecast(scales, self._points(order, tokens), self.target)
 
     def _paid_for(self, ranked: Sequence[str | None], tokens: int, further: int) -> set[str | None]:
-        """Those of the teachers, the best forecast first, that the race can pay for in the heat of `further`.
+        """Those of the teachers, in their order, that the race can pay for in the heat of `further`.
 
         The first of them that can be paid for until the end is kept in any case, so that one arrives within the share;
         if there is none, the one that costs least.
