@@ -121,7 +121,7 @@ class Heats:
         margin = self.race.tolerance * min(losses[teacher] for teacher in ran)
         hopeful = [teacher for teacher in ran if above[teacher] - OPTIMISM * error[teacher] <= margin]
 
-        # Teachers forecast within the tolerance of the best are as good as it: of them the smallest, the cheapest, first.
+        # Teachers forecast within the tolerance of the best are as good as it: of them the smallest comes first.
         ranked = sorted(hopeful, key=lambda teacher: (max(0.0, above[teacher] - margin), self.scales[teacher]))
         kept = self._paid_for(ranked, tokens, further)
         when = f"after {format_count(tokens)} tokens its loss at {format_count(self.target)} is forecast"
