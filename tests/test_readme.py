@@ -57,12 +57,15 @@ def cli() -> typer.core.TyperGroup:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder as a reader has it: the recipes, those a page spells out, and the records of a demo that was run."""
+    """A folder as a reader has it: recipes, those that a page spells out, records of studies and of a demo."""
     place = tmp_path_factory.mktemp("reader")
     shutil.copytree(ROOT / "recipes", place / "recipes")
     for folder in ("capgap-demo", "runs/nano"):
         (place / folder).mkdir(parents=True)
         shutil.copy(ROOT / "studies/demo/records.jsonl", place / folder)
+    for folder in ("studies/nano", "studies/nano-neox"):
+        (place / folder).mkdir(parents=True)
+        shutil.copy(ROOT / folder / "records.jsonl", place / folder)
     for page in PAGES:
         for block in blocks(page, "yaml"):
             if name := re.match(r"# (\S+\.yaml)\n", block):

@@ -61,7 +61,7 @@ def test_few_optima_and_no_losses_leave_no_replicates():
 def test_intervals_and_p_values_know_of_scatter_however_few_the_optima(count, least, most):
     """Optima that scatter by 0.3 about T* = 2.5 S: the exponent's interval covers 1, and 1 is seldom refused."""
     covered, refused = [], []
-    for i in range(120):
+    for i in range(80):
         rng, students = np.random.default_rng(i), np.geomspace(2e4, 3e5, count)
         logs = np.log(2.5 * students) + rng.normal(0, np.hypot(0.3, 0.1), count)
         found = Optima(students, logs, np.zeros(count), np.full(count, 0.1), np.stack([logs - 3, logs + 3], axis=1))
