@@ -117,8 +117,9 @@ class Heats:
         above_N, error_N = seen.above(order.index(best))
         above = {teacher: float(above_N[order.index(teacher)]) for teacher in ran}
         error = {teacher: float(error_N[order.index(teacher)]) for teacher in ran}
-        losses = self._mean_losses(tokens)
-        margin = self.race.tolerance * min(losses[teacher] for teacher in ran)
+        heat = [(trial.teacher, self.records[trial.name].loss) for trial in self._of(tokens) if trial.teacher in ran]
+        lowest = min(statistics.fmean(loss for name, loss in heat if name == teacher) for teacher in ran)
+        margin = self.race.tolerance * lowest
         hopeful = [teacher for teacher in ran if above[teacher] - OPTIMISM * error[teacher] <= margin]
 
         # Teachers forecast within the tolerance of the best are as good as it: of them the smallest comes first.
@@ -149,14 +150,15 @@ class Heats:
         """
         ahead = [trial for trial in self.trials if trial.tokens > tokens]
         spared = math.fsum(self._flops(trial) for trial in ahead if not trial.race)
-        left = self._left(tokens) - spared
+        unspent = self._left(tokens)
+        left = unspent - spared
         now, whole = self._cost(self._of(further)), self._cost(ahead)
         runs_anyway = {t.teacher for t in self._of(further)} - {t.teacher for t in self._of(further) if t.race}
         arrives = next((teacher for teacher in ranked if whole.get(teacher, 0.0) <= left), None)
         if arrives is None:
             arrives = min(ranked, key=lambda teacher: whole.get(teacher, 0.0))
         kept = {*runs_anyway, arrives}
-        allowance = self._left(tokens) / sum(budget > tokens for budget in self.budgets)
+        allowance = unspent / sum(budget > tokens for budget in self.budgets)
         allowance -= math.fsum(self._flops(trial) for trial in self._of(further) if not trial.race)
         allowance = min(allowance - now.get(arrives, 0.0), left - whole.get(arrives, 0.0))
         for teacher in ranked:
@@ -171,16 +173,6 @@ class Heats:
         for trial in trials:
             found.setdefault(trial.teacher, []).append(self._flops(trial) if trial.race else 0.0)
         return {teacher: math.fsum(flops) for teacher, flops in found.items()}
-
-    def _mean_losses(self, tokens: int) -> dict[str | None, float]:
-        """The loss of each teacher that ran a heat with all of its seeds, nats per token, their mean."""
-        found: dict[str | None, list[float]] = {}
-        heat = self._of(tokens)
-        missed = {trial.teacher for trial in heat if trial.name not in self.records}
-        for trial in heat:
-            if trial.teacher not in missed:
-                found.setdefault(trial.teacher, []).append(self.records[trial.name].loss)
-        return {teacher: statistics.fmean(losses) for teacher, losses in found.items()}
 
     def _points(self, order: Sequence[str | None], tokens: int) -> tuple[Point, ...]:
         """All that was measured up to the heat of `tokens`, once each: a run brings those of its trunk."""
