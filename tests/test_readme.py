@@ -97,6 +97,14 @@ def run_capgap(place: Path, words: tuple[str, ...]) -> str:
     return done.stdout
 
 
+@lru_cache
+def benchmark_help(script: str) -> str:
+    call = [sys.executable, ROOT / script, "--help"]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def check_capgap(cli: typer.core.TyperGroup, place: Path, words: list[str]) -> None:
     if words == ["--help"]:
         return
@@ -134,6 +142,9 @@ def test_command(cli, place, page, line):
         known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert extras
         assert set(extras[0].split(",")) <= set(known)
+    elif words[0] == "python" and words[1].startswith("benchmarks/"):
+        options = {word.partition("=")[0] for word in words[2:] if word.startswith("--")}
+        assert options <= set(re.findall(r"--[\w-]+", benchmark_help(words[1]))), line
     elif words[0] == "export":
         name = words[1].partition("=")[0]
         assert name in (ROOT / "src/capgap/cli/study.py").read_text()
