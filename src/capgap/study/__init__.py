@@ -8,8 +8,9 @@ from capgap.study.next import Advice, Proposal, flops_of_budget, next_trials
 from capgap.study.queue import Claim, Queue, read_records
 from capgap.study.replay import ForecastError, Replayed, forecast_errors, replay
 from capgap.study.spec import Budget, Grid, Member, Nano, Race, StudentSize, StudySpec
+from capgap.study.status import Status, study_status
 from capgap.study.trials import Trial, trials_of
-from capgap.study.worker import Status, StudyStopped, Way, create_study, run_study, study_status
+from capgap.study.worker import StudyStopped, Way, create_study, run_study
 
 __all__ = [
     "Advice",

@@ -24,6 +24,8 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_aft
 from capgap.errors import StudyError
 from capgap.progress import say
 
+SQLITE_FILE = "study.db"
+"""In the study's folder, where it is in no database of many machines."""
 PATIENCE = 600.0
 """Seconds for which a storage that does not answer, as one that restarts, is asked again."""
 
@@ -81,7 +83,7 @@ class Storage:
 
     Args:
         folder: of the study.
-        url: `postgresql://user@host/database`; None for `study.db` in the folder, which serves one machine.
+        url: `postgresql://user@host/database`; None for SQLITE_FILE in the folder, which serves one machine.
         name: of the study in the database.
         heartbeat: seconds between two signs of life of a running trial.
         grace: seconds without one after which it is taken to be dead.
@@ -99,7 +101,7 @@ class Storage:
         options: dict[str, Any] = {"connect_args": {"timeout": 120}}
         if url is not None:
             options = {"pool_pre_ping": True, "connect_args": _NOTICE_WHAT_IS_GONE}
-        place = f"sqlite:///{folder / 'study.db'}" if url is None else _postgresql(url)
+        place = f"sqlite:///{folder / SQLITE_FILE}" if url is None else _postgresql(url)
         try:
             self._open(place, options, name)
         except ImportError:

@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import SpawnProcess as Process
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from optuna.trial import FrozenTrial, TrialState
 
 from capgap.errors import StudyError
 from capgap.pipeline import Corpus
@@ -28,7 +26,6 @@ from capgap.study.spec import StudySpec
 from capgap.study.trials import Trial, trials_of
 
 _SECONDS_BETWEEN_LOOKS, _MOST_SECONDS_BETWEEN_LOOKS = 0.3, 3.0
-
 
 STOPPED = 3
 """Exit status of a worker that was asked to stop."""
@@ -258,37 +255,3 @@ def _outcomes(
                 yield from _outcomes(family, [one], corpus, folder, way, quiet=quiet)
     else:
         yield from zip(claims, records, strict=True)
-
-
-@dataclass(frozen=True)
-class Status:
-    """How far a study is: (name, state, loss or None) of each trial, and why of those that failed or were stopped."""
-
-    trials: list[tuple[str, str, float | None]]
-    errors: dict[str, str]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many trials are in each state."""
-        return dict(Counter(state for _, state, _ in self.trials))
-
-
-def study_status(folder: Path, storage: str | None = None) -> Status:
-    """The state of each trial. Raises StudyError if the folder holds no study."""
-    spec = read_spec(folder)
-    queue = Way(storage=storage).queue(folder, spec)
-    rows = queue.rows()
-    queue.close()
-    return Status(
-        [(row.user_attrs["name"], _state(row), row.values[0] if row.values else None) for row in rows],
-        {
-            row.user_attrs["name"]: row.user_attrs[key]
-            for row in rows
-            for key in ("error", "stopped")
-            if key in row.user_attrs
-        },
-    )
-
-
-def _state(row: FrozenTrial) -> str:
-    return "stopped early" if row.state == TrialState.PRUNED else row.state.name.lower()
