@@ -37,7 +37,7 @@ class Point:
     loss: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Forecast:
     """Final losses, up to a term that all runners share.
 
@@ -91,7 +91,7 @@ def forecast(scales: tuple[float, ...], points: tuple[Point, ...], tokens: int) 
     return Forecast(mean_N, wider * np.sum([w * c for w, c in zip(weights, spread, strict=True)], axis=0))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Fit(Forecast):
     """Under one power and ratio. `likelihood`: the logarithm of the restricted one, up to a constant."""
 

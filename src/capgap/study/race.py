@@ -15,6 +15,7 @@ from typing import Any
 from capgap.cost import format_count
 from capgap.errors import StudyError
 from capgap.records import RunRecord
+from capgap.study.choice import best_set
 from capgap.study.forecast import Forecast, Point, forecast
 from capgap.study.trials import Raced, Trial
 
@@ -121,19 +122,16 @@ class Heats:
         lowest = min(statistics.fmean(loss for name, loss in heat if name == teacher) for teacher in ran)
         margin = self.race.tolerance * lowest
         hopeful = [teacher for teacher in ran if above[teacher] - OPTIMISM * error[teacher] <= margin]
-
-        # Teachers forecast within the tolerance of the best are as good as it: of them the smallest comes first.
-        ranked = sorted(hopeful, key=lambda teacher: (max(0.0, above[teacher] - margin), self.scales[teacher]))
-        kept = self._paid_for(ranked, tokens, further)
+        kept = self._chosen(order, seen, hopeful, tokens, further)
         when = f"after {format_count(tokens)} tokens its loss at {format_count(self.target)} is forecast"
         reasons = {}
         for teacher in set(ran) - kept:
             reasons[teacher] = f"{when} {above[teacher]:.4f} ± {error[teacher]:.4f} nats above that of {best}"
             if teacher in hopeful:
                 share = f"{100 * self.race.share:g} % of the grid's FLOPs"
-                reasons[teacher] += f", and the race, which may take {share}, has none left for it"
+                reasons[teacher] += f"; the race may take {share}, and what is left of them is better spent on others"
                 if teacher == best:
-                    reasons[teacher] = f"{when} to be the lowest, but it would take the race over {share}"
+                    reasons[teacher] = f"{when} to be the lowest, but of {share} too little is left for it"
         return reasons
 
     def forecast(self, tokens: int) -> tuple[list[str | None], Forecast | None]:
@@ -142,30 +140,18 @@ class Heats:
         scales = tuple(float(self.scales[teacher]) for teacher in order)
         return order, forecast(scales, self._points(order, tokens), self.target)
 
-    def _paid_for(self, ranked: Sequence[str | None], tokens: int, further: int) -> set[str | None]:
-        """Those of the teachers, in their order, that the race can pay for in the heat of `further`.
-
-        The first of them that can be paid for until the end is kept in any case, so that one arrives within the share;
-        if there is none, the one that costs least.
-        """
-        ahead = [trial for trial in self.trials if trial.tokens > tokens]
-        spared = math.fsum(self._flops(trial) for trial in ahead if not trial.race)
-        unspent = self._left(tokens)
-        left = unspent - spared
-        now, whole = self._cost(self._of(further)), self._cost(ahead)
-        runs_anyway = {t.teacher for t in self._of(further)} - {t.teacher for t in self._of(further) if t.race}
-        arrives = next((teacher for teacher in ranked if whole.get(teacher, 0.0) <= left), None)
-        if arrives is None:
-            arrives = min(ranked, key=lambda teacher: whole.get(teacher, 0.0))
-        kept = {*runs_anyway, arrives}
-        allowance = unspent / sum(budget > tokens for budget in self.budgets)
-        allowance -= math.fsum(self._flops(trial) for trial in self._of(further) if not trial.race)
-        allowance = min(allowance - now.get(arrives, 0.0), left - whole.get(arrives, 0.0))
-        for teacher in ranked:
-            if teacher not in kept and now.get(teacher, 0.0) <= allowance:
-                kept.add(teacher)
-                allowance -= now.get(teacher, 0.0)
-        return kept
+    def _chosen(
+        self, order: Sequence[str | None], seen: Forecast, hopeful: Sequence[str | None], tokens: int, further: int
+    ) -> set[str | None]:
+        """Those that run the heat of `further`; where nobody can be paid for to the end, the one that costs least."""
+        heat, ahead = self._of(further), [trial for trial in self.trials if trial.tokens > tokens]
+        left = self._left(tokens) - math.fsum(self._flops(trial) for trial in ahead if not trial.race)
+        now, whole = self._cost(heat), self._cost(ahead)
+        runners = tuple(sorted(map(order.index, hopeful)))
+        now_R, whole_R = (tuple(flops.get(order[runner], 0.0) for runner in runners) for flops in (now, whole))
+        cheapest = runners[whole_R.index(min(whole_R))]
+        kept = {order[runner] for runner in best_set(seen, runners, now_R, whole_R, left) or (cheapest,)}
+        return kept | ({trial.teacher for trial in heat} - {trial.teacher for trial in heat if trial.race})
 
     def _cost(self, trials: Sequence[Trial]) -> dict[str | None, float]:
         """FLOPs of each teacher's trials of these that a race may stop."""
