@@ -28,7 +28,7 @@ def points(seed: int, scales=SCALES, noise=0.01) -> tuple[Point, ...]:
     return tuple(found)
 
 
-def matrices(scales, seen, power):
+def matrices(scales, seen, power, tokens=TOKENS):
     """y, its fixed and random parts' designs, those of the forecast, and the points' variances, by loops."""
     x = np.log(scales)
     x = (x - x.mean()) / x.std()
@@ -47,15 +47,15 @@ def matrices(scales, seen, power):
     groups = list(dict.fromkeys((p.part, p.tokens) for p in seen))
     fixed = np.array([[g == (p.part, p.tokens) for g in groups] + terms(p.runner, p.tokens)[0] for p in seen], float)
     effects = np.array([terms(p.runner, p.tokens)[1] for p in seen])
-    there = [terms(runner, TOKENS) for runner in range(len(scales))]
+    there = [terms(runner, tokens) for runner in range(len(scales))]
     fixed_there = np.array([[0.0] * len(groups) + t[0] for t in there])
     y = np.array([p.loss for p in seen])
     return y, fixed, effects, fixed_there, np.array([t[1] for t in there]), np.array([last / p.tokens for p in seen])
 
 
-def generalised(scales, seen, power, ratio):
+def generalised(scales, seen, power, ratio, tokens=TOKENS):
     """(restricted log-likelihood, mean, covariance) of the forecast, by the covariance matrix of the points."""
-    y, fixed, effects, fixed_there, effects_there, variances = matrices(scales, seen, power)
+    y, fixed, effects, fixed_there, effects_there, variances = matrices(scales, seen, power, tokens)
     v = np.diag(variances) + ratio * effects @ effects.T
     inverse = np.linalg.inv(v)
     information = fixed.T @ inverse @ fixed
@@ -72,17 +72,28 @@ def generalised(scales, seen, power, ratio):
     return -0.5 * logs, mean, variance * covariance
 
 
+def movements_off(moved, ahead):
+    """The covariance that movements are found to be off by."""
+    moved = moved - moved.mean()
+    share = module.MOVES * np.log(ahead)
+    return share**2 * (np.outer(moved, moved) + module.OWN_MOVES * np.mean(moved**2) * np.eye(len(moved)))
+
+
 def test_it_is_the_mean_over_powers_and_ratios_of_generalised_least_squares():
     seen = points(0)
-    fits = [generalised(SCALES, seen, power, ratio) for power in module.POWERS for ratio in module.RATIOS]
+    last = max(p.tokens for p in seen)
+    fits, there = (
+        [generalised(SCALES, seen, power, ratio, tokens) for power in module.POWERS for ratio in module.RATIOS]
+        for tokens in (TOKENS, last)
+    )
     weights = np.exp([fit[0] - max(f[0] for f in fits) for fit in fits])
     weights /= weights.sum()
     mean = sum(w * fit[1] for w, fit in zip(weights, fits, strict=True))
     second = sum(w * (fit[2] + np.outer(fit[1], fit[1])) for w, fit in zip(weights, fits, strict=True))
     found = forecast(SCALES, seen, TOKENS)
     np.testing.assert_allclose(found.loss_N, mean, rtol=1e-5, atol=1e-7)
-    ahead = TOKENS / max(p.tokens for p in seen)
-    expected = (second - np.outer(mean, mean)) * ahead ** (2 * module.FURTHER)
+    moved = mean - sum(w * fit[1] for w, fit in zip(weights, there, strict=True))
+    expected = second - np.outer(mean, mean) + movements_off(moved, TOKENS / last)
     np.testing.assert_allclose(found.covariance_NN, expected, rtol=1e-4, atol=1e-8)
     above, error = found.above(2)
     assert above[2] == error[2] == 0
@@ -96,14 +107,30 @@ def test_without_effects_of_the_teachers_own_it_is_weighted_least_squares(monkey
     monkeypatch.setattr(module, "RATIOS", (1e-9,))
     seen = points(1)
     y, fixed, _, there, _, variances = matrices(SCALES, seen, 0.5)
+    before = matrices(SCALES, seen, 0.5, 100_000)[3]
     fit = sm.WLS(y, fixed, weights=1 / variances).fit()
     difference = there[5] - there[0]
     expected = fit.t_test(difference)
     found = forecast.__wrapped__(SCALES, seen, TOKENS)
     above, error = found.above(0)
     assert above[5] == pytest.approx(float(expected.effect[0]), rel=1e-5)
-    wider = (TOKENS / 100_000) ** (2 * module.FURTHER)
-    assert error[5] ** 2 == pytest.approx(wider * (float(expected.sd[0, 0]) ** 2 + 2 * fit.scale), rel=1e-4)
+    moved = (there - before) @ fit.params
+    off = movements_off(moved, TOKENS / 100_000)
+    more = off[5, 5] + off[0, 0] - 2 * off[5, 0]
+    assert error[5] ** 2 == pytest.approx(float(expected.sd[0, 0]) ** 2 + 2 * fit.scale + more, rel=1e-4)
+
+
+def test_seeds_make_what_was_measured_surer_but_not_how_it_goes_on():
+    few, many = (
+        forecast(
+            SCALES, tuple(Point(p.runner, p.tokens, (s, p.part[1]), p.loss) for s in seeds for p in points(s)), TOKENS
+        )
+        for seeds in (range(1), range(30))
+    )
+    moved = np.array([generalised(SCALES, points(0, noise=0), 0.5, 1.0, t)[1] for t in (TOKENS, 100_000)])
+    least = movements_off(moved[0] - moved[1], TOKENS / 100_000)
+    floor = np.sqrt(least[5, 5] + least[0, 0] - 2 * least[5, 0])
+    assert few.above(0)[1][5] > many.above(0)[1][5] > 0.9 * floor
 
 
 @settings(max_examples=20, deadline=None)

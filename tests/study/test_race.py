@@ -60,7 +60,7 @@ def test_what_is_forecast_worse_by_less_than_the_tolerance_is_stopped_only_where
         why.endswith((spent, "but of 30 % of the grid's FLOPs too little is left for it")) for why in short.values()
     )
     trials, scales, budgets = setting(grids=[{"race": {"share": 1.0, "tolerance": 0.0}}])
-    worse = judge(trials, shown(trials, scales, budgets[0]), ()).stopped
+    worse = judge(trials, shown(trials, scales, budgets[1]), ()).stopped
     assert worse
     assert not any("FLOPs" in why for why in worse.values())
 

@@ -13,10 +13,11 @@ POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 RATIOS = (0.1, 1.0, 10.0, 100.0)
 """How far apart teachers may be for reasons that are not their scale: variance over that of the last points."""
 PARABOLA_NEEDS = 4
-FURTHER = 0.4
-"""How the standard error grows with the tokens ahead, as a power of them over those measured: the model does not know
-how it is wrong itself far ahead. On the nano study's grids differences between teachers were off by 1.9, 3.3 and 5.3
-times what it says at 3, 10 and 30 times the tokens, and with this by 1.3, 1.3 and 1.6 (`benchmarks/race_replay.py`)."""
+MOVES, OWN_MOVES = 0.35, 0.5
+"""How far off the movement of differences between teachers is, from where they were measured last, as a share of it for
+each e-fold of tokens: all of them together, and the variance of each one's own part over that. The model's own errors
+shrink with every seed, these do not. Fitted by maximum likelihood to the nano study's grids, on which differences are
+then off by 1.2, 1.2 and 1.5 times the standard error at 3, 10 and 30 times the tokens (`benchmarks/race_replay.py`)."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ def forecast(scales: tuple[float, ...], points: tuple[Point, ...], tokens: int) 
     effect of each teacher's own, shrunk as far as the points say; both move on a line in h(tokens) = -tokens^-k, or
     ln(tokens) for k = 0. The variance of a point falls as 1 / tokens up to the last, but not beyond. The power k and
     the ratio of the effects' variance to the points' are not known: the forecast is the mean over POWERS and RATIOS,
-    weighted by their restricted likelihood, and its covariance has what they disagree by in it. It is widened by
-    FURTHER, for what no model knows of itself.
+    weighted by their restricted likelihood, and its covariance has what they disagree by in it. To that comes how far
+    off movements were found to be, MOVES and OWN_MOVES, for what no model knows of itself.
 
     Args:
         scales: parameters of each runner's teacher.
@@ -87,14 +88,24 @@ def forecast(scales: tuple[float, ...], points: tuple[Point, ...], tokens: int) 
     weights /= weights.sum()
     mean_N = np.sum([w * fit.loss_N for w, fit in zip(weights, fits, strict=True)], axis=0)
     spread = [fit.covariance_NN + np.outer(fit.loss_N - mean_N, fit.loss_N - mean_N) for fit in fits]
-    wider = (tokens / max(p.tokens for p in points)) ** (2 * FURTHER)
-    return Forecast(mean_N, wider * np.sum([w * c for w, c in zip(weights, spread, strict=True)], axis=0))
+    covariance_NN = np.sum([w * c for w, c in zip(weights, spread, strict=True)], axis=0)
+    moved_N = np.sum([w * fit.moved_N for w, fit in zip(weights, fits, strict=True)], axis=0)
+    moved_N -= moved_N.mean()
+    off = MOVES * np.log(tokens / max(p.tokens for p in points))
+    together_NN, own_NN = np.outer(moved_N, moved_N), np.mean(moved_N**2) * np.eye(len(moved_N))
+    return Forecast(mean_N, covariance_NN + off**2 * (together_NN + OWN_MOVES * own_NN))
 
 
 @dataclass(frozen=True, eq=False)
 class _Fit(Forecast):
-    """Under one power and ratio. `likelihood`: the logarithm of the restricted one, up to a constant."""
+    """Under one power and ratio.
 
+    Attributes:
+        moved_N: of the losses, what lies between the last tokens measured and those forecast; nats.
+        likelihood: the logarithm of the restricted one, up to a constant.
+    """
+
+    moved_N: Floats
     likelihood: float
 
 
@@ -117,7 +128,9 @@ def _fits(poly_NK: Floats, points: Sequence[Point], tokens: int) -> Iterator[_Fi
         ahead = float(_progress(np.array([float(tokens)]), tokens_P.min(), last, power)[0])
         fixed_PF = np.hstack([shared_PG, poly_NK[runner_P], poly_NK[runner_P] * h_P[:, None]])
         effects_PE = np.hstack([own_NN[runner_P], own_NN[runner_P] * h_P[:, None]])
-        there_NC = np.hstack([np.zeros((len(own_NN), len(compared))), poly_NK, poly_NK * ahead, own_NN, own_NN * ahead])
+        before_NC = np.zeros((len(own_NN), len(compared)))
+        there_NC = np.hstack([before_NC, poly_NK, poly_NK * ahead, own_NN, own_NN * ahead])
+        moved_NC = np.hstack([before_NC, 0 * poly_NK, poly_NK * ahead, 0 * own_NN, own_NN * ahead])
         a_PC, b_P = np.hstack([fixed_PF, effects_PE]) * root_P[:, None], loss_P * root_P
         for ratio in RATIOS:
             shrink_C = np.repeat([1e-10, 1 / ratio], [fixed_PF.shape[1], effects_PE.shape[1]])
@@ -130,6 +143,7 @@ def _fits(poly_NK: Floats, points: Sequence[Point], tokens: int) -> Iterator[_Fi
             yield _Fit(
                 half_CN.T @ half_C,
                 variance * (half_CN.T @ half_CN + own_NN),
+                moved_NC @ np.linalg.solve(root_CC.T, half_C),
                 float(-0.5 * (logs + effects_PE.shape[1] * np.log(ratio))),
             )
 
