@@ -6,8 +6,10 @@
 import atexit
 import json
 import os
+import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -75,6 +77,15 @@ def check_threads() -> None:
 def main(folder: Path, steps: int, more: dict[str, object]) -> None:
     torch.set_num_threads(1)
     atexit.register(check_threads)  # what is registered first is called last
+    late = float(str(more.pop("late_first", 0)))
+    if late and os.environ.get("RANK") == "0":
+        remove = shutil.rmtree
+
+        def remove_and_wait(*args, **kwargs):
+            remove(*args, **kwargs)
+            time.sleep(late)
+
+        shutil.rmtree = remove_and_wait
     batches = RandomBatches()
     for key, number in (("stop_at", signal.SIGTERM), ("kill_at", signal.SIGKILL)):
         if key in more:

@@ -54,6 +54,11 @@ def check_same(folder: Path, alone: Path, *, tolerance: float = 1e-5, rows: int 
     assert len(found) == rows
 
 
+def test_a_first_process_that_is_late_to_make_a_checkpoints_folder_is_waited_for(tmp_path):
+    run(tmp_path, "late_first=0.3", processes=2, steps=4)
+    assert list((tmp_path / "checkpoints").glob("step-*"))
+
+
 def test_two_processes_each_with_the_whole_student(alone, tmp_path):
     run(tmp_path, "log_every=1", "micro_batch_tokens=32", processes=2)
     check_same(tmp_path, alone)

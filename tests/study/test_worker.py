@@ -92,6 +92,8 @@ def test_many_may_start_a_study_at_one_time(tmp_path):
 
 def test_a_request_to_stop_waits_for_the_end_of_what_must_not_be_cut():
     """Also where another thread of the process is the one that the system hands the signal to."""
+    # What a shell starts in the background, and tests may be, is deaf to SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     done, ended = [], threading.Event()
     thread = threading.Thread(target=ended.wait)
     thread.start()
@@ -106,11 +108,12 @@ def test_a_request_to_stop_waits_for_the_end_of_what_must_not_be_cut():
     try:
         with pytest.raises(KeyboardInterrupt):
             work()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         ended.set()
         thread.join()
+        signal.signal(signal.SIGINT, before)
     assert done == ["whole"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_signs_of_life_must_come_often_enough():

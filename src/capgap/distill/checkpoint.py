@@ -24,6 +24,7 @@ from capgap.distill.processes import (
     gather_in_all,
     is_first_process,
     rank_and_world,
+    wait_for_all,
     waiting_group,
 )
 from capgap.errors import CapgapError, CheckpointError
@@ -57,6 +58,8 @@ class Checkpoints:
             if is_first_process():
                 shutil.rmtree(beside, ignore_errors=True)
                 beside.mkdir(parents=True)
+            # Each process makes the folder where it is not there, which must not come between these two.
+            wait_for_all()
             facts = {"step": step, "identity": self.identity, **facts}
             try:
                 if self.asynchronous:
