@@ -1,6 +1,7 @@
 """One small distillation in processes of its own, to be killed: python runner.py FOLDER STEPS [key=value ...].
 
 `stop_at=N` asks itself to stop at step N, as a scheduler would; `kill_at=N` kills the last process there, once.
+`late_first=S` keeps the first process back by S seconds whenever it has removed a folder.
 """
 
 import atexit
